@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vdm.data.clips import STAMP_TOLERANCE, frame_indices
+from vdm.errors import UserError
+
+gaps_ms = st.lists(st.integers(0, 400), min_size=0, max_size=60)
+rates = st.floats(1.0, 60.0)
+lengths = st.integers(1, 40)
+fractions = st.floats(0.0, 1.0)
+
+
+def stamps_from(gaps: list[int], first: float = 0.0) -> np.ndarray:
+    return first + np.cumsum([0, *gaps]) / 1000
+
+
+@given(gaps_ms, st.floats(-5, 5), rates, lengths, fractions)
+def test_each_moment_shows_the_last_frame_not_after_it(gaps, first, fps, num_frames, start):
+    stamps = stamps_from(gaps, first)
+    indices = frame_indices(stamps, fps=fps, num_frames=num_frames, start_fraction=start)
+    elapsed = stamps - stamps[0]
+    moments = start * max(0.0, elapsed[-1] - (num_frames - 1) / fps) + np.arange(num_frames) / fps
+    assert indices.shape == (num_frames,)
+    assert indices.min() >= 0 and indices.max() < len(stamps)
+    assert (elapsed[indices] <= moments + STAMP_TOLERANCE).all()
+    after = np.append(elapsed, np.inf)[indices + 1]
+    assert (after > moments + STAMP_TOLERANCE).all()
+
+
+@given(gaps_ms, rates, lengths, fractions)
+def test_time_never_runs_backwards(gaps, fps, num_frames, start):
+    indices = frame_indices(stamps_from(gaps), fps=fps, num_frames=num_frames, start_fraction=start)
+    assert (np.diff(indices) >= 0).all()
+
+
+@given(gaps_ms, rates, lengths)
+def test_the_ends_of_a_long_enough_clip_are_reached(gaps, fps, num_frames):
+    stamps = stamps_from([gap + 1 for gap in gaps])
+    first = frame_indices(stamps, fps=fps, num_frames=num_frames, start_fraction=0.0)
+    last = frame_indices(stamps, fps=fps, num_frames=num_frames, start_fraction=1.0)
+    assert stamps[first[0]] <= STAMP_TOLERANCE  # frames a millisecond apart count as one moment
+    assert last[-1] == len(stamps) - 1
+
+
+@given(st.integers(1, 40), lengths)
+def test_a_short_clip_is_played_once_and_its_last_frame_held(count, num_frames):
+    indices = frame_indices(np.arange(count) / 8, fps=8, num_frames=num_frames, start_fraction=0.0)
+    np.testing.assert_array_equal(indices, np.minimum(np.arange(num_frames), count - 1))
+
+
+@pytest.mark.parametrize("offset", range(40))
+@pytest.mark.parametrize("fps", [8, 12, 24, 25, 29.97, 30])
+def test_stamps_rounded_to_milliseconds_still_give_every_frame_once(fps, offset):
+    stamps = np.round(1000 * (np.arange(50) / fps + offset / 1700)) / 1000
+    indices = frame_indices(stamps, fps=fps, num_frames=50, start_fraction=0.0)
+    np.testing.assert_array_equal(indices, np.arange(50))
+
+
+def test_a_slow_source_repeats_frames_and_a_fast_one_skips_some():
+    slow = frame_indices(np.arange(5) / 4, fps=8, num_frames=8, start_fraction=0.0)
+    fast = frame_indices(np.arange(32) / 32, fps=8, num_frames=8, start_fraction=0.0)
+    assert slow.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert fast.tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
+
+
+def test_variable_frame_rate_is_sampled_by_time_not_by_count():
+    stamps = [0.0, 0.05, 0.1, 0.15, 1.0, 2.0]
+    assert frame_indices(stamps, fps=2, num_frames=5, start_fraction=0.0).tolist() == [0, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("wrong", [{"fps": 0.0}, {"fps": -1.0}, {"num_frames": 0}, {"start_fraction": 1.5}])
+def test_impossible_requests_are_refused(wrong):
+    with pytest.raises(UserError):
+        frame_indices([0.0, 1.0], **{"fps": 8.0, "num_frames": 4, "start_fraction": 0.0, **wrong})

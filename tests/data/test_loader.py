@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vdm.data import loader
+from vdm.data.loader import VALIDATION_OFFSET, BadClips, Batch, ClipDataset, DataConfig, batches
+from vdm.data.mini_something import render_clip, write_ssv2
+from vdm.data.video import to_float, write_video
+from vdm.errors import UserError
+
+# Two workers on one core are slow, but right.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+
+TINY = DataConfig(num_clips=6, height=16, width=24, min_frames=2, max_frames=4, validation_clips=3)
+
+
+def dataset(config: DataConfig = TINY, *, split: str = "train", seed: int = 0, batch_size: int = 4) -> ClipDataset:
+    return ClipDataset(config, split=split, seed=seed, batch_size=batch_size)
+
+
+def take(source: ClipDataset, count: int, **options) -> list[Batch]:
+    return list(itertools.islice(batches(source, batch_size=source.batch_size, **options), count))
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.video, b.video)
+        assert replace(a, video=b.video) == b
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """Twelve small clips in SSv2 layout."""
+    root = tmp_path_factory.mktemp("written") / "set"
+    write_ssv2(root, num_clips=12, size=32, num_frames=8, fps=8, seed=3)
+    return root
+
+
+def files_config(root: Path, **changes) -> DataConfig:
+    return replace(TINY, format="ssv2", root=str(root), **changes)
+
+
+def spoil(root: Path, copy: Path, names: list[str]) -> Path:
+    """A copy of a data set in which some clips are no videos."""
+    shutil.copytree(root, copy)
+    for name in names:
+        next(copy.glob(f"*/{name}.mp4")).write_bytes(b"not a video")
+    return copy
+
+
+# --- the stream ---
+
+
+@given(st.integers(1, 50), st.integers(0, 2**31), st.integers(0, 3))
+@settings(max_examples=30)
+def test_an_epoch_visits_every_clip_once(num_clips, seed, epoch):
+    clips = dataset(replace(TINY, num_clips=num_clips), seed=seed)
+    order = [clips._clip_at(epoch * num_clips + place) for place in range(num_clips)]
+    assert sorted(order) == list(range(num_clips))
+
+
+def test_epochs_and_seeds_differ_in_order():
+    clips = dataset(replace(TINY, num_clips=100))
+    first, second = ([clips._clip_at(epoch * 100 + place) for place in range(100)] for epoch in (0, 1))
+    other = [dataset(replace(TINY, num_clips=100), seed=1)._clip_at(place) for place in range(100)]
+    assert first != second and first != other and first != list(range(100))
+
+
+def test_a_sample_is_a_clip_with_its_caption():
+    sample = dataset()[7]
+    clip = render_clip(sample["index"], seed=0, height=16, width=24, num_frames=sample["video"].shape[1], fps=8)
+    assert sample["video"].dtype == torch.float32 and sample["video"].shape[::2] == (3, 16)
+    assert torch.equal(sample["video"], to_float(clip.frames))
+    assert (sample["caption"], sample["id"], sample["position"], sample["bad"]) == (clip.label, clip.id, 7, [])
+
+
+@pytest.mark.parametrize("kind", ["mini-something", "ssv2"])
+def test_a_sample_depends_on_seed_and_position_alone(kind, written):
+    config = TINY if kind == "mini-something" else files_config(written)
+    forwards = dataset(config)
+    backwards = dataset(config)
+    ahead = [forwards[position] for position in range(20)]
+    behind = [backwards[position] for position in reversed(range(20))][::-1]
+    for a, b in zip(ahead, behind, strict=True):
+        assert torch.equal(a["video"], b["video"]) and a["id"] == b["id"]
+    assert any(not torch.equal(a["video"], dataset(config, seed=1)[p]["video"]) for p, a in enumerate(ahead[:3]))
+
+
+def test_all_clips_of_a_global_batch_have_one_length_and_all_lengths_come_up():
+    clips = dataset(replace(TINY, min_frames=2, max_frames=5), batch_size=4)
+    lengths = [clips._cut_at(position).num_frames for position in range(400)]
+    by_batch = np.array(lengths).reshape(100, 4)
+    assert (by_batch == by_batch[:, :1]).all()
+    assert set(lengths) == {2, 3, 4, 5}
+
+
+def test_crops_and_starts_spread_over_their_range():
+    clips = dataset(replace(TINY, num_clips=1))
+    cuts = [clips._cut_at(position) for position in range(400)]
+    for name in ("start", "x", "y"):
+        drawn = np.array([getattr(cut, name) for cut in cuts])
+        assert 0 <= drawn.min() < 0.05 and 0.95 < drawn.max() <= 1 and abs(drawn.mean() - 0.5) < 0.06
+    assert abs(np.corrcoef([(cut.start, cut.x, cut.y) for cut in cuts], rowvar=False)[0, 1]) < 0.15
+
+
+def test_validation_is_fixed_and_apart_from_training():
+    clips = dataset(split="validation", seed=5)
+    assert len(clips) == 3
+    assert [clips[position]["index"] for position in range(3)] == [0, 1, 2]
+    assert clips[0]["id"] == str(VALIDATION_OFFSET)
+    assert clips[0]["video"].shape[1] == TINY.max_frames
+    with pytest.raises(IndexError):
+        clips[3]
+    with pytest.raises(IndexError):
+        dataset()[-1]
+
+
+def test_validation_of_files_is_cut_from_the_middle_and_limited(written):
+    clips = dataset(files_config(written, validation_clips=1), split="validation")
+    assert len(clips) == 1 and clips._cut_at(0) == loader.Cut(4, 0.5, 0.5, 0.5)
+    assert dataset(files_config(written), split="validation").num_clips == 1  # a tenth of 12
+
+
+def test_captions_are_those_of_the_samples(written):
+    for config in (TINY, files_config(written)):
+        clips = dataset(config)
+        assert len(clips.captions) == len(clips) == clips.num_clips
+        for position in range(4):
+            sample = clips[position]
+            assert clips.captions[sample["index"]] == sample["caption"]
+
+
+def test_rendered_and_written_clips_are_the_same_data(written):
+    """The files of `data synth` and the clips rendered on the fly, but for what the codec loses."""
+    from_files = dataset(files_config(written, height=32, width=32, min_frames=8, max_frames=8))
+    sample = from_files[0]
+    clip = render_clip(int(sample["id"]), seed=3, height=32, width=32, num_frames=8, fps=8)
+    assert sample["caption"] == clip.label
+    assert (sample["video"] - to_float(clip.frames)).abs().mean() < 0.03
+
+
+def test_folders_of_videos_with_captions(tmp_path):
+    for number in range(10):
+        frames = render_clip(number, seed=0, height=16, width=16, num_frames=4, fps=8).frames
+        write_video(tmp_path / f"{number}.mp4", frames, fps=8)
+        (tmp_path / f"{number}.txt").write_text(f"caption {number}")
+    config = replace(TINY, format="folder", root=str(tmp_path))
+    assert len(dataset(config)) == 9
+    [batch] = take(dataset(config), 1)
+    assert batch.video.shape[0] == 4 and batch.captions == [f"caption {name}" for name in batch.ids]
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_entering_at_batch_k_is_skipping_k_batches(num_workers, written):
+    for config in (TINY, files_config(written)):
+        clips = dataset(config)
+        whole = take(clips, 6)
+        assert_same(take(clips, 6, num_workers=num_workers), whole)
+        assert_same(take(clips, 3, start_batch=3, num_workers=num_workers), whole[3:])
+        part = batches(clips, batch_size=4, start_batch=2, num_batches=3, num_workers=num_workers)
+        assert_same(list(part), whole[2:5])
+
+
+def test_micro_batches_make_up_the_global_batch():
+    clips = dataset(batch_size=4)
+    whole = take(clips, 2)
+    parts = list(batches(clips, batch_size=2, num_batches=4))
+    assert [part.positions for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part.video for part in parts[2 * number : 2 * number + 2]]), batch.video)
+    with pytest.raises(AssertionError):
+        next(batches(clips, batch_size=3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_ends_after_one_pass(num_workers):
+    clips = dataset(split="validation")
+    got = list(batches(clips, batch_size=2, num_workers=num_workers))
+    assert [batch.positions for batch in got] == [[0, 1], [2]]
+    assert list(batches(clips, batch_size=2, start_batch=2)) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generators_are_left_alone(num_workers):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take(dataset(), 2, num_workers=num_workers)
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], before_numpy)
+
+
+def test_no_worker_outlives_its_stream(written, tmp_path):
+    take(dataset(), 1, num_workers=2)
+    assert multiprocessing.active_children() == []
+    list(batches(dataset(split="validation"), batch_size=2, num_workers=2))
+    assert multiprocessing.active_children() == []
+    root = spoil(written, tmp_path / "copy", [str(number) for number in range(12)])
+    stream = batches(dataset(files_config(root, max_bad_share=1.0)), batch_size=4, num_workers=2)
+    with pytest.raises(UserError):
+        next(stream)
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_run_opencv_in_one_thread(monkeypatch):
+    threads = []
+    monkeypatch.setattr(cv2, "setNumThreads", threads.append)
+    loader._start_worker(0)
+    assert threads == [0]
+
+
+def test_pinning_keeps_all_but_the_memory(monkeypatch):
+    [batch] = take(dataset(), 1, pin_memory=True)  # without a GPU the wish is passed over
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 0)
+    assert_same([batch.pin_memory()], [batch])
+
+
+# --- bad clips ---
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_clip_is_named_and_its_neighbour_stands_in(written, tmp_path, num_workers):
+    root = spoil(written, tmp_path / "copy", ["4"])
+    clips = dataset(files_config(root, max_bad_share=0.5), batch_size=11)
+    [batch] = take(clips, 1, num_workers=num_workers)
+    [(name, reason)] = batch.bad
+    assert name == "4" and reason.startswith("4.mp4 cannot be read: ")
+    assert "4" not in batch.ids and batch.ids.count("5") == 2
+    assert_same(take(clips, 1), [batch])
+
+
+def test_bad_clips_warn_once_each_and_too_many_are_refused(written, tmp_path, capsys):
+    root = spoil(written, tmp_path / "copy", ["4", "7", "8"])
+    clips = dataset(files_config(root, max_bad_share=0.2), batch_size=11)
+    bad_clips = BadClips(clips)
+    bad_clips.note([("4", "worn out"), ("7", "torn")])
+    bad_clips.note([("4", "worn out")])
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: clip 4 is left out: worn out",
+        "warning: clip 7 is left out: torn",
+    ]
+    [batch] = take(clips, 1)
+    with pytest.raises(UserError) as caught:
+        bad_clips.note(batch.bad)
+    assert str(caught.value).startswith(
+        "3 of 11 clips (27 %) cannot be read (first: 4: worn out); limit data.max_bad_share=0.2"
+    )
+    assert capsys.readouterr().err.startswith("warning: clip 8 is left out: 8.mp4 cannot be read: ")
+
+
+def test_missing_files_count_from_the_start(written, tmp_path, capsys):
+    shutil.copytree(written, tmp_path / "copy")
+    next((tmp_path / "copy").glob("*/3.mp4")).unlink()
+    with pytest.raises(UserError, match=r"1 of 11 clips \(9 %\) cannot be read \(first: 3: no file\); limit data"):
+        dataset(files_config(tmp_path / "copy"))
+    clips = dataset(files_config(tmp_path / "copy", max_bad_share=0.1))
+    assert len(clips) == 10 and clips.missing == [("3", "no file")]
+    bad_clips = BadClips(clips)
+    assert capsys.readouterr().err == "warning: clip 3 is left out: no file\n"
+    with pytest.raises(UserError, match="2 of 11 clips"):
+        bad_clips.note([("5", "torn")])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_set_without_a_readable_clip_is_one_sentence(written, tmp_path, num_workers):
+    root = spoil(written, tmp_path / "copy", [str(number) for number in range(12)])
+    clips = dataset(files_config(root, max_bad_share=1.0))
+    with pytest.raises(UserError, match=r"^none of 11 clips of .*copy can be read \(first: ") as caught:
+        take(clips, 1, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_whose_captions_are_all_missing(tmp_path):
+    for number in range(10):
+        (tmp_path / f"{number}.mp4").write_bytes(b"x")
+    config = replace(TINY, format="folder", root=str(tmp_path), max_bad_share=1.0)
+    with pytest.raises(UserError, match=r"no train clip of .* can be used \(first: 0: no caption file 0\.txt\)"):
+        dataset(config)
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_clips": 0}, "data.num_clips must be at least 1, got 0"),
+        ({"min_frames": 0}, "data.min_frames must be at least 1"),
+        ({"validation_clips": 0}, "data.validation_clips"),
+        ({"height": -8}, "data.height"),
+        ({"min_frames": 5, "max_frames": 4}, "data.max_frames=4 is below data.min_frames=5"),
+        ({"fps": 0.0}, "data.fps must be above 0"),
+        ({"fps": float("nan")}, "data.fps must be above 0"),
+        ({"dataloader_num_workers": -1}, "data.dataloader_num_workers"),
+        ({"max_bad_share": 1.1}, "data.max_bad_share must be between 0 and 1"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(TINY, **changes)
+
+
+def test_root_and_format_must_agree():
+    with pytest.raises(UserError, match=r"data\.root=somewhere is set, but data\.format=mini-something"):
+        dataset(replace(TINY, root="somewhere"))
+    for kind in ("ssv2", "folder"):
+        with pytest.raises(UserError, match=rf"data\.format={kind} reads files; set data\.root"):
+            dataset(replace(TINY, format=kind))
+
+
+# --- real clips ---
+
+
+def test_every_real_clip_comes_through_the_whole_path(clips_dir):
+    config = DataConfig(format="ssv2", root=str(clips_dir))
+    seen: dict[str, str] = {}
+    for split in ("train", "validation"):
+        clips = dataset(config, split=split, batch_size=1)
+        for position in range(len(clips)):
+            sample = clips[position]
+            seen[sample["id"]] = sample["caption"]
+            assert sample["video"].shape == (3, 16, 256, 256) and sample["bad"] == []
+            assert sample["video"].min() >= -1 and sample["video"].max() <= 1 and sample["video"].std() > 0.05
+    assert seen == {line["id"]: line["label"] for line in json.loads((clips_dir / "annotations.json").read_text())}
+
+
+def test_the_broken_folder_survives(clips_dir):
+    """A damaged end and AV1: both give frames here."""
+    config = DataConfig(format="ssv2", root=str(clips_dir / "broken"))
+    got = [dataset(config, split=split, batch_size=1)[0] for split in ("train", "validation")]
+    assert {sample["id"] for sample in got} == {"corrupted_tail", "av1_undecodable"}
+    assert all(sample["video"].shape == (3, 16, 256, 256) and sample["video"].std() > 0.05 for sample in got)

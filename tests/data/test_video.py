@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from av.video.frame import VideoFrame
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vdm.data import video
+from vdm.data.clips import frame_indices
+from vdm.data.video import UnreadableClip, contact_sheet, read_clip, to_float, to_uint8, write_video
+from vdm.errors import UserError
+
+# id -> extension, width and height as shown, frames that decode (README of the clips)
+REAL_CLIPS = {
+    "166766": (".webm", 427, 240, 49),
+    "gulpio_test": (".webm", 256, 144, 140),
+    "pancake_flip": (".mkv", 426, 240, 310),
+    "arm_wrestling": (".mp4", 340, 256, 280),
+    "eye_makeup": (".avi", 320, 240, 164),
+    "pouring_coffee": (".mp4", 1280, 720, 287),
+    "cup_shuffle": (".mp4", 1280, 720, 300),
+    "bottles_long": (".mp4", 640, 360, 1189),
+    "street_walk_5frames": (".mp4", 960, 540, 5),
+    "dog_snow_5fps": (".mp4", 640, 480, 40),
+    "nasa_rot270": (".mp4", 270, 480, 17),
+    "camera_left_rot180_vfr": (".mp4", 1280, 720, 25),
+    "broken/corrupted_tail": (".mp4", 1280, 720, 28),
+    "broken/av1_undecodable": (".mkv", 640, 360, 125),
+}
+
+
+def grey_steps(count: int, *, height: int = 32, width: int = 48, step: int = 6) -> np.ndarray:
+    """uint8 (count,H,W,3) whose frame i has the level 20 + step*i everywhere: a decoded frame tells its number."""
+    levels = 20 + step * np.arange(count, dtype=np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
+
+
+def numbers(frames: np.ndarray, *, step: int = 6) -> list[int]:
+    return ((frames.mean(axis=(1, 2, 3)) - 20) / step).round().astype(int).tolist()
+
+
+def moving_picture(count: int = 16, *, height: int = 64, width: int = 96) -> np.ndarray:
+    """uint8 (count,H,W,3), smooth in space and time."""
+    t, y, x = np.meshgrid(np.arange(count), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin((x + 3 * t) / 20), np.cos((y + 2 * t) / 15), np.sin((x + y - t) / 25)]
+    return (128 + 100 * np.stack(waves, axis=-1)).round().astype(np.uint8)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def encode(
+    path: Path,
+    frames: np.ndarray,
+    *,
+    stamps_ms: list[int] | None = None,
+    rotation: int = 0,
+    pix_fmt: str = "yuv420p",
+    bframes: int = 3,
+) -> None:
+    """Write frames with stamps of one's own choice, and metadata that write_video never writes."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={**video.X264, "crf": "10", "bf": str(bframes)})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for index, pixels in enumerate(frames):
+            frame = VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = stamps_ms[index] if stamps_ms else 100 * index
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+# --- reading ---
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    frames = moving_picture()
+    write_video(tmp_path / "clip.mp4", frames, fps=8)
+    back = read_clip(tmp_path / "clip.mp4", fps=8, num_frames=16)
+    assert back.shape == frames.shape and back.dtype == np.uint8
+    assert psnr(back, frames) > 30
+    assert np.abs(back.astype(float).mean(axis=(0, 1, 2)) - frames.mean(axis=(0, 1, 2))).max() < 1.5  # colours keep
+
+
+@pytest.mark.parametrize("fps", [8, 12, 23.976, 29.97, 30])
+def test_frames_come_in_order_and_are_all_there(tmp_path, fps):
+    write_video(tmp_path / "clip.mp4", grey_steps(32), fps=fps)  # libx264 reorders them inside (B-frames)
+    assert numbers(read_clip(tmp_path / "clip.mp4", fps=fps, num_frames=32)) == list(range(32))
+
+
+def test_start_places_the_window(tmp_path):
+    write_video(tmp_path / "clip.mp4", grey_steps(32), fps=16)
+    for start, first in ((0, 0), (0.5, 12), (1, 24)):
+        clip = read_clip(tmp_path / "clip.mp4", fps=16, num_frames=8, start=start)
+        assert numbers(clip) == list(range(first, first + 8))
+
+
+def test_other_rates_and_short_clips(tmp_path):
+    write_video(tmp_path / "clip.mp4", grey_steps(8), fps=8)
+    assert numbers(read_clip(tmp_path / "clip.mp4", fps=4, num_frames=4, start=0)) == [0, 2, 4, 6]
+    assert numbers(read_clip(tmp_path / "clip.mp4", fps=16, num_frames=8, start=0)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert numbers(read_clip(tmp_path / "clip.mp4", fps=8, num_frames=11)) == [*range(8), 7, 7, 7]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_frame_rate_goes_by_time(tmp_path, suffix):
+    stamps = [0, 20, 40, 60, 500, 600, 1500, 2000]
+    encode(tmp_path / f"clip{suffix}", grey_steps(8), stamps_ms=stamps)
+    assert numbers(read_clip(tmp_path / f"clip{suffix}", fps=2, num_frames=5)) == [0, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("rotation", "turns"), [(90, 1), (180, 2), (-90, 3), (-180, 2)])
+def test_rotation_metadata_is_applied(tmp_path, rotation, turns):
+    frames = moving_picture(4)
+    encode(tmp_path / "plain.mp4", frames)
+    encode(tmp_path / "turned.mp4", frames, rotation=rotation)
+    plain = read_clip(tmp_path / "plain.mp4", fps=10, num_frames=4)
+    turned = read_clip(tmp_path / "turned.mp4", fps=10, num_frames=4)
+    np.testing.assert_array_equal(turned, np.rot90(plain, k=turns, axes=(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["camera_left_rot180_vfr", "nasa_rot270"])
+def test_rotation_of_real_clips_is_that_of_another_decoder(clips_dir, name):
+    path = clips_dir / f"{name}.mp4"
+    ours = read_clip(path, fps=10, num_frames=1, start=0)[0]
+    done, theirs = cv2.VideoCapture(str(path)).read()  # OpenCV applies the metadata by itself
+    assert done and psnr(ours, theirs[..., ::-1]) > 35
+    with av.open(str(path)) as container:
+        raw = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    turns = 2 if "180" in name else 1
+    assert psnr(ours, np.rot90(raw, turns)) > 35 > psnr(ours, np.rot90(raw, turns + 2))
+
+
+@pytest.mark.parametrize("name", REAL_CLIPS)
+def test_real_clips_have_the_frames_that_their_readme_counts(clips_dir, name):
+    extension, width, height, count = REAL_CLIPS[name]
+    path = clips_dir / f"{name}{extension}"
+    kept, times = video._decode(path, keep=[0])
+    assert kept[0].shape == (height, width, 3)
+    assert len(video._decode(path, keep=())[1]) == count
+    listed = len(video._demuxed_times(path))
+    assert listed == (50 if name == "broken/corrupted_tail" else count)
+
+
+@pytest.mark.parametrize("name", [name for name in REAL_CLIPS if name != "broken/corrupted_tail"])
+def test_real_clips_give_the_frames_due_at_each_moment(clips_dir, name):
+    """Against a naive reading that decodes everything and sorts the stamps."""
+    extension, _, _, count = REAL_CLIPS[name]
+    path = clips_dir / f"{name}{extension}"
+    with av.open(str(path)) as container:
+        stamps = [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
+    assert len(stamps) == count
+    wanted = frame_indices(sorted(stamps), fps=8, num_frames=16, start_fraction=0.3)
+    expected, _ = video._decode(path, keep=set(wanted.tolist()))
+    clip = read_clip(path, fps=8, num_frames=16, start=0.3)
+    np.testing.assert_array_equal(clip, np.stack([expected[index] for index in wanted.tolist()]))
+
+
+def test_stamps_that_run_backwards_do_not_shuffle_the_picture(clips_dir):
+    frames = read_clip(clips_dir / "eye_makeup.avi", fps=25, num_frames=40, start=0).astype(float)
+
+    def change(order: list[int]) -> float:
+        return float(np.abs(np.diff(frames[order], axis=0)).mean())
+
+    swapped = [index ^ 1 for index in range(40)]
+    assert change(list(range(40))) < 0.8 * change(swapped)
+
+
+def test_a_damaged_end_leaves_what_comes_before(clips_dir):
+    clip = read_clip(clips_dir / "broken" / "corrupted_tail.mp4", fps=10, num_frames=28, start=1)
+    assert len({frame.tobytes() for frame in clip}) == 28
+
+
+def test_a_file_cut_short_gives_its_first_frames(tmp_path):
+    frames = moving_picture(40, height=96, width=96)
+    write_video(tmp_path / "whole.mp4", frames, fps=8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    clip = read_clip(tmp_path / "cut.mp4", fps=8, num_frames=8, start=0)
+    assert psnr(clip, frames[:8]) > 30
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is no video\n" * 50, bytes(range(256)) * 20])
+def test_files_that_are_no_video_are_named_with_the_reason(tmp_path, content, capfd):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"clip\.mp4 cannot be read: \w+") as caught:
+        read_clip(path, fps=8, num_frames=4)
+    assert isinstance(caught.value, UnreadableClip) and caught.value.path == path
+    assert "Errno" not in str(caught.value) and "avcodec" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # libav keeps quiet
+
+
+def test_an_mp4_that_ends_before_its_first_frame(tmp_path):
+    write_video(tmp_path / "whole.mp4", moving_picture(8), fps=8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "head.mp4").write_bytes(whole[: whole.index(b"mdat") + 4])
+    with pytest.raises(UnreadableClip, match=r"head\.mp4 cannot be read"):
+        read_clip(tmp_path / "head.mp4", fps=8, num_frames=4)
+
+
+def test_a_missing_file_and_a_file_without_pictures(tmp_path):
+    with pytest.raises(UnreadableClip, match="no such file"):
+        read_clip(tmp_path / "gone.mp4", fps=8, num_frames=4)
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        silence.rate = 8000
+        container.mux(stream.encode(silence))
+    with pytest.raises(UnreadableClip, match="it has no video stream"):
+        read_clip(tmp_path / "sound.wav", fps=8, num_frames=4)
+
+
+def test_damage_is_not_reported_by_libav_itself(clips_dir, capfd):
+    read_clip(clips_dir / "broken" / "corrupted_tail.mp4", fps=10, num_frames=16, start=1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_stream_without_stamps_goes_by_its_frame_rate(tmp_path):
+    encode(tmp_path / "bare.h264", grey_steps(20), bframes=0)
+    clip = read_clip(tmp_path / "bare.h264", fps=100, num_frames=200, start=0)
+    assert list(dict.fromkeys(numbers(clip))) == list(range(20))
+
+
+def test_full_range_pictures_are_not_stretched(tmp_path):
+    frames = grey_steps(4, step=50)
+    encode(tmp_path / "clip.mp4", frames, pix_fmt="yuvj420p")
+    assert np.abs(read_clip(tmp_path / "clip.mp4", fps=10, num_frames=4).astype(int) - frames).max() <= 3
+
+
+def test_hidden_frames_that_the_container_lists_shift_nothing(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", grey_steps(20), fps=10)
+    true_times = video._demuxed_times(tmp_path / "clip.mp4")
+    listed = np.sort(np.append(true_times, [0.05, 0.25]))
+    monkeypatch.setattr(video, "_demuxed_times", lambda path: listed)
+    assert numbers(read_clip(tmp_path / "clip.mp4", fps=10, num_frames=6, start=1)) == list(range(14, 20))
+
+
+def test_files_are_closed(tmp_path, clips_dir):
+    write_video(tmp_path / "clip.mp4", grey_steps(4), fps=8)
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        read_clip(tmp_path / "clip.mp4", fps=8, num_frames=2)
+        read_clip(clips_dir / "broken" / "corrupted_tail.mp4", fps=8, num_frames=16, start=1)
+        with pytest.raises(UserError):
+            read_clip(tmp_path / "bad.mp4", fps=8, num_frames=2)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- writing ---
+
+
+def test_the_mp4_is_what_a_browser_plays(tmp_path):
+    write_video(tmp_path / "clip.mp4", moving_picture(24), fps=12)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert (stream.width, stream.height, stream.frames, stream.average_rate) == (96, 64, 24, 12)
+        assert stream.codec_context.colorspace == stream.codec_context.color_primaries == video.BT709
+        assert stream.codec_context.color_trc == video.BT709 and stream.codec_context.color_range == 1
+    content = (tmp_path / "clip.mp4").read_bytes()
+    assert 0 < content.index(b"moov") < content.index(b"mdat")  # playable while it loads
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 47), (33, 48), (32, 47), (1, 1)])
+def test_odd_sizes_are_padded_by_the_edge(tmp_path, height, width):
+    frames = moving_picture(3, height=height, width=width)
+    write_video(tmp_path / "clip.mp4", frames, fps=8)
+    back = read_clip(tmp_path / "clip.mp4", fps=8, num_frames=3)
+    assert back.shape == (3, height + height % 2, width + width % 2, 3)
+    assert psnr(back[:, :height, :width], frames) > 30
+
+
+def test_the_same_frames_give_the_same_bytes_and_nothing_else_is_left(tmp_path):
+    frames = moving_picture()
+    for name in ("a.mp4", "b.mp4", "a.mp4"):
+        write_video(tmp_path / "new" / "folder" / name, frames, fps=8)
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["a.mp4", "b.mp4"]
+    a, b = ((tmp_path / "new" / "folder" / name).read_bytes() for name in ("a.mp4", "b.mp4"))
+    assert a == b
+
+
+def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    encoded, to_yuv = [], video._to_yuv
+
+    def fail_at_the_third(pixels):
+        encoded.append(pixels)
+        if len(encoded) == 3:
+            raise RuntimeError("power cut")
+        return to_yuv(pixels)
+
+    monkeypatch.setattr(video, "_to_yuv", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_video(path, moving_picture(), fps=8)
+    assert os.listdir(tmp_path) == ["clip.mp4"] and path.read_bytes() == b"old"
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"cannot write .*clip\.mp4: .*file is not a folder; choose a folder"):
+        write_video(tmp_path / "file" / "clip.mp4", moving_picture(2), fps=8)
+    with pytest.raises(UserError, match=r"cannot write .*sheet\.png"):
+        contact_sheet(tmp_path / "file" / "sheet.png", [moving_picture(2)], captions=["x"])
+    (tmp_path / "taken.mp4").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*taken\.mp4"):
+        write_video(tmp_path / "taken.mp4", moving_picture(2), fps=8)
+    assert sorted(os.listdir(tmp_path)) == ["file", "taken.mp4"]
+    with pytest.raises(UserError, match="at least one frame"):
+        write_video(tmp_path / "clip.mp4", moving_picture(2)[:0], fps=8)
+
+
+# --- uint8 <-> float ---
+
+
+def test_float_and_back_is_exact_for_every_level():
+    frames = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1).repeat(3, axis=3)
+    clip = to_float(frames)
+    assert clip.shape == (3, 2, 8, 16) and clip.dtype == torch.float32 and clip.is_contiguous()
+    assert clip.min() == -1 and clip.max() == 1
+    np.testing.assert_array_equal(to_uint8(clip), frames)
+
+
+@given(st.floats(-3, 3, width=32))
+def test_to_uint8_rounds_and_clamps(value):
+    pixel = to_uint8(torch.full((3, 1, 1, 1), value))
+    exact = float(np.clip((np.float64(value) + 1) * 127.5, 0, 255))
+    assert pixel.shape == (1, 1, 1, 3) and pixel.dtype == np.uint8
+    assert abs(int(pixel[0, 0, 0, 0]) - exact) <= 0.5 + 1e-4
+
+
+def test_to_float_keeps_the_axes():
+    frames = np.zeros((2, 3, 4, 3), dtype=np.uint8)
+    frames[1, 2, 3, 0] = 255
+    clip = to_float(frames)
+    assert clip[0, 1, 2, 3] == 1 and (clip == 1).sum() == 1
+
+
+# --- contact sheet ---
+
+
+def test_the_contact_sheet_has_a_row_and_a_caption_for_each_clip(tmp_path):
+    clips = [grey_steps(16, height=64, width=64), grey_steps(5, height=48, width=40)]
+    contact_sheet(tmp_path / "sheet.png", clips, captions=["pushing a ball", "a very long caption " * 20])
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    assert os.listdir(tmp_path) == ["sheet.png"]
+    assert sheet.shape[1] == 8 * 64
+    shown = [int(sheet[32, 32 + 64 * column, 0]) for column in range(8)]
+    assert shown == [20 + 6 * index for index in np.linspace(0, 15, 8).round().astype(int)]
+    band = sheet[64 : 64 + 18]
+    assert (band < 100).any() and (sheet[70 + 18 :, 8 * 40 :][:40] == 255).all()
+    assert sheet.shape[0] > 64 + 48 + 4 * 18  # the long caption took several lines
+
+
+def test_captions_outside_ascii_are_drawn_all_the_same(tmp_path):
+    contact_sheet(tmp_path / "sheet.png", [grey_steps(1)], captions=["caf\u00e9 \u4f60"], columns_frames=3)
+    assert cv2.imread(str(tmp_path / "sheet.png")).shape[1] == 3 * 48

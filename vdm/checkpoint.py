@@ -1,0 +1,313 @@
+"""A checkpoint is a folder that is there in full or not at all.
+
+Everything is written into a hidden sibling folder, the manifest (sizes and hashes of the other files) last; then one
+rename makes it the checkpoint. A folder without a valid manifest is never loaded, and never the newest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vdm import __version__
+from vdm.errors import UserError
+
+FORMAT_VERSION = 1
+CONFIG, MANIFEST, TRAINER = "config.yaml", "manifest.json", "trainer.pt"
+WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its size and the SHA-256 of its bytes."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds. `info` is what the writer had to say, such as the step."""
+
+    format_version: int
+    vdm_version: str
+    info: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the sets of weights, such as "unet" and "unet.ema"."""
+        return [name.removesuffix(WEIGHTS) for name in self.files if name.endswith(WEIGHTS)]
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    config_yaml: str,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    trainer_state: Mapping[str, Any] | None = None,
+    info: Mapping[str, Any],
+) -> None:
+    """Write the folder `path` in one step; one that is there is replaced once the new one is complete.
+
+    `weights` maps a part's name, such as "unet.ema", to its state dict; `trainer_state` holds tensors and plain values;
+    `info` holds JSON values. Raises UserError if the disk refuses, and then leaves what was there before.
+    """
+    path = Path(path).resolve()
+    folder = _beside(path, "tmp")
+    try:
+        with _writing(path):
+            if path.exists() and not _holds_only_ours(path):
+                raise UserError(f"{path} exists and is not a checkpoint; choose another folder or remove it")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for part, tensors in weights.items():
+                safetensors.torch.save_file(_separate(tensors), folder / f"{part}{WEIGHTS}")
+            if trainer_state is not None:
+                _save_state(dict(trainer_state), folder / TRAINER)
+            (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+            files = {file.name: _record(file) for file in sorted(folder.iterdir())}
+            manifest = Manifest(FORMAT_VERSION, __version__, dict(info), files)
+            (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+            for written in (*folder.iterdir(), folder):
+                _sync(written)
+            _put_in_place(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_only_ours(path: Path) -> bool:
+    """Whether replacing `path` could destroy nothing but a checkpoint, be it half-written."""
+    ours = (CONFIG, MANIFEST, TRAINER)
+    return path.is_dir() and all(file.name in ours or WEIGHTS in file.name for file in path.iterdir())
+
+
+def _beside(path: Path, purpose: str) -> Path:
+    return path.with_name(f".{path.name}.{purpose}-{os.getpid()}")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the disk refuses is the user's to mend; safetensors has an error of its own for that."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = "free space there or choose another folder"
+        raise UserError(f"checkpoint {path} cannot be written: {error}; {remedy}") from error
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two in the same memory, which safetensors refuses."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return separate
+
+
+def _save_state(state: dict[str, Any], file: Path) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # how torch says that a write fell short: "[enforce fail at inline_container.cc ..."
+        raise OSError(f"{file.name} could not be written to its end") from error
+
+
+def _put_in_place(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`; what is there gives way only once the new one stands."""
+    aside = _beside(path, "old")
+    replaces = path.exists()
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    try:
+        folder.rename(path)
+    except OSError:
+        if replaces:
+            aside.rename(path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _record(file: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return FileRecord(bytes=file.stat().st_size, sha256=digest.hexdigest())
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a checkpoint, whose files are not looked at. Raises UserError as `verify` does."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} " + ("is not a folder" if path.exists() else "does not exist"))
+    try:
+        return _parse_manifest(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        problem = f"{path} has no {MANIFEST}: it is no checkpoint, or was not written to its end"
+        raise UserError(f"{problem}; choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"checkpoint {path} {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path / MANIFEST} is damaged; copy the checkpoint again or choose another") from None
+
+
+def _parse_manifest(tree: Any) -> Manifest:
+    if tree["format_version"] > FORMAT_VERSION:
+        raise UserError(f"was written by vdm {tree['vdm_version']}, which is newer than this one; update vdm")
+    files = {str(name): FileRecord(**record) for name, record in tree["files"].items()}
+    if any(Path(name).name != name for name in files):
+        raise ValueError("a file outside the folder")
+    return Manifest(tree["format_version"], tree["vdm_version"], tree["info"], files)
+
+
+def verify(path: str | Path) -> Manifest:
+    """Check every file of a checkpoint against its manifest, and return that. Raises UserError saying what is amiss."""
+    manifest = read_manifest(path)
+    for name in manifest.files:
+        _checked(Path(path), manifest, name)
+    return manifest
+
+
+def _checked(path: Path, manifest: Manifest, name: str) -> Path:
+    """The path of one file of a checkpoint, once it is known to be what the manifest says."""
+    file, expected = path / name, manifest.files[name]
+    remedy = "copy the checkpoint again or choose another"
+    try:
+        size = file.stat().st_size
+        if size != expected.bytes:
+            raise UserError(f"{file} has {size} bytes instead of {expected.bytes}; {remedy}")
+        if _record(file) != expected:
+            raise UserError(f"{file} is damaged, for its SHA-256 differs from the manifest's; {remedy}")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; {remedy}") from error
+    return file
+
+
+def load_weights(path: str | Path, part: str) -> dict[str, Tensor]:
+    """The state dict of one part, on the CPU, after a check of its file. Raises UserError."""
+    manifest = read_manifest(path)
+    if part not in manifest.parts:
+        there = ", ".join(manifest.parts) or "nothing"
+        raise UserError(f"checkpoint {path} holds no weights of {part}, only of {there}")
+    return safetensors.torch.load_file(_checked(Path(path), manifest, f"{part}{WEIGHTS}"))
+
+
+def load_trainer_state(path: str | Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as trainer_state, on the CPU, after a check of its file. Raises UserError."""
+    manifest = read_manifest(path)
+    if TRAINER not in manifest.files:
+        raise UserError(f"checkpoint {path} holds no trainer state, so no run can resume from it; use it as init_from")
+    state: dict[str, Any] = torch.load(_checked(Path(path), manifest, TRAINER), map_location="cpu", weights_only=True)
+    return state
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-<step> of a run, by step, whether valid or not."""
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The valid checkpoint with the highest step, or None; an invalid one is named on stderr and passed over."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            print(f"warning: passing over {path.name}: {error}", file=sys.stderr)
+    return None
+
+
+def prune(run_dir: str | Path, *, keep: int | None) -> None:
+    """Delete all complete checkpoints of a run but the newest `keep`; None keeps all. For the holder of the RunLock."""
+    complete = [path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()]
+    surplus = 0 if keep is None else max(0, len(complete) - keep)
+    for path in complete[:surplus]:
+        doomed = _beside(path, "tmp")
+        path.rename(doomed)  # at once no checkpoint any more, even if the deletion is cut short
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+class RunLock:
+    """Sole use of a run folder, from construction until `release` or the end of the process, however it ends.
+
+    Clears away what a killed process left half-written there. Raises UserError if another process holds the lock.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        self.run_dir = Path(run_dir)
+        self._handle: int | None = None
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close()
+            raise UserError(
+                f"run folder {run_dir} is in use by another process; wait for it to end or choose another run_dir"
+            ) from None
+        except OSError as error:
+            self._close()
+            problem = f"run folder {run_dir} cannot be written: {error.strerror}"
+            raise UserError(f"{problem}; choose another run_dir") from error
+        # A data worker is a fork that may outlive a killed trainer, and must not keep its lock.
+        os.register_at_fork(after_in_child=self._close)
+        self._clear_leftovers()
+
+    def _clear_leftovers(self) -> None:
+        for path in self.run_dir.iterdir():
+            match = re.fullmatch(r"\.(.+)\.(tmp|old)-\d+", path.name)
+            if match and match[2] == "old" and not (self.run_dir / match[1]).exists():
+                path.rename(self.run_dir / match[1])  # killed between the two renames: the old one is the checkpoint
+            elif match:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def release(self) -> None:
+        """Let others use the folder."""
+        if self._handle is not None:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+        self._close()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()

@@ -1,0 +1,150 @@
+"""The commands: parse, call, exit code. Bad input is one sentence and exit code 2, here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from vdm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in full, spelled with `_` or `-` alike; an unknown one is a sentence like any other bad input."""
+
+    def __init__(self, *, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def flag(self, name: str, *aliases: str, **options: object) -> None:
+        """Add `--some_name`, which is also `--some-name`."""
+        names = [spelling for one in (name, *aliases) for spelling in dict.fromkeys((one, f"--{one[2:].replace('_', '-')}"))]
+        self.add_argument(*names, dest=name[2:], **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run(command: Callable[[Sequence[str]], None]) -> int:
+    """Run a command on the process's arguments and return its exit code: 0, or 2 for bad input."""
+    try:
+        command(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """`train.py`"""
+    parser = Parser(prog="train.py", description="Train the model that a config describes.")
+    parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.flag("--resume", metavar="latest|PATH", help="go on from the newest valid checkpoint of the run, or from this one")
+    parser.flag("--plan", action="store_true", help="not there yet")
+    parser.flag("--verify_resume", action="store_true", help="not there yet")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("plan", "verify_resume"):
+        if getattr(options, name):
+            raise UserError(f"train.py --{name} is not there yet; leave it out")
+
+    from vdm.config import load  # after parsing: --help answers at once
+    from vdm.training.loop import train
+
+    train(load(options.config, options.overrides), resume=options.resume)
+
+
+def sample_command(arguments: Sequence[str]) -> None:
+    """`sample.py`"""
+    parser = _sample_parser()
+    options = vars(parser.parse_args(arguments))
+    for name in ("lora_path", "lora_scale"):
+        if options.pop(name) is not None:
+            raise UserError(f"sample.py --{name} is not there yet; leave it out")
+    if options["sampler"] == "dpmpp":
+        raise UserError("--sampler dpmpp is not there yet; use ddim or ddpm")
+
+    from vdm.generate import PROMPTS, Request, generate, read_prompts
+
+    texts, file = options.pop("prompt"), options.pop("prompt_file")
+    if texts is not None and file is not None:
+        raise UserError("give --prompt or --prompt_file, not both")
+    prompts = read_prompts(file) if file is not None else tuple(texts) if texts is not None else PROMPTS
+    files = generate(Request(prompts=prompts, **options))
+    print(f"wrote {len(files)} clips, samples.jsonl and contact_sheet.png to {files[0].parent}")
+
+
+def _sample_parser() -> Parser:
+    parser = Parser(prog="sample.py", description="Make clips from prompts. What is not given comes from the checkpoint.")
+    parser.flag("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder; the shipped demo model by default")
+    parser.flag("--prompt", action="append", metavar="TEXT", help="may be repeated; a few built-in prompts by default")
+    parser.flag("--prompt_file", type=Path, metavar="FILE", help="one prompt a line")
+    parser.flag("--negative_prompt", metavar="TEXT", help="what to steer away from")
+    parser.flag("--steps", "--num_inference_steps", type=int, metavar="N", help="denoising steps")
+    parser.flag("--sampler", choices=("ddim", "ddpm", "dpmpp"), help="ddim or ddpm (dpmpp is not there yet)")
+    parser.flag("--eta", type=float, metavar="F", help="randomness of ddim, 0 to 1")
+    parser.flag("--guidance_scale", type=float, metavar="F", help="1 follows the text without guidance")
+    for name in ("num_frames", "height", "width"):
+        parser.flag(f"--{name}", type=int, metavar="N", help="of each clip")
+    parser.flag("--fps", type=float, metavar="N", help="frame rate of the files")
+    parser.flag("--seed", type=int, default=0, metavar="N", help="of the first clip; clip i has seed + i (default 0)")
+    parser.flag("--num_videos_per_prompt", type=int, default=1, metavar="N", help="clips of each prompt (default 1)")
+    parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4); does not change them")
+    parser.flag("--lora_path", metavar="DIR", help="not there yet")
+    parser.flag("--lora_scale", type=float, metavar="F", help="not there yet")
+    parser.flag("--output_dir", type=Path, default=Path("results/samples"), metavar="DIR", help="default results/samples")
+    parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
+    parser.flag("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of UNet and VAE (default fp32)")
+    return parser
+
+
+LATER = ("evaluate", "convert", "report")
+COMMANDS = "the commands of vdm: data synth OUT (training is train.py, sampling is sample.py)"
+
+
+def vdm_command(arguments: Sequence[str]) -> None:
+    """`vdm` and `python -m vdm`"""
+    parser = Parser(prog="vdm", description=COMMANDS)
+    parser.add_argument("command", choices=("data", *LATER), help="data; evaluate, convert and report are not there yet")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help")
+    options = parser.parse_args(arguments)
+    if options.command in LATER:
+        raise UserError(f"vdm {options.command} is not there yet")
+    _data_command(options.rest)
+
+
+def _data_command(arguments: Sequence[str]) -> None:
+    action = arguments[0] if arguments else None
+    if action in ("check", "view", "cache"):
+        raise UserError(f"vdm data {action} is not there yet")
+    if action not in ("synth", "-h", "--help"):
+        raise UserError(f"vdm data needs a command, such as: vdm data synth OUT --num_clips 100; got {action!r}")
+    parser = Parser(prog="vdm data synth", description="Write mini-something as a folder in SSv2 layout.")
+    parser.add_argument("out", type=Path, help="a folder that is not there yet, or is empty")
+    parser.flag("--num_clips", type=int, required=True, metavar="N", help="training and validation clips together")
+    parser.flag("--size", type=int, default=64, metavar="N", help="height and width in pixels (default 64)")
+    parser.flag("--num_frames", type=int, default=16, metavar="N", help="of each clip (default 16)")
+    parser.flag("--fps", type=float, default=8.0, metavar="N", help="frame rate (default 8)")
+    parser.flag("--seed", type=int, default=0, metavar="N", help="another seed, other clips (default 0)")
+    options = parser.parse_args(arguments[1:] if action == "synth" else ["--help"])
+
+    from vdm.data.mini_something import write_ssv2
+
+    write_ssv2(
+        options.out,
+        num_clips=options.num_clips,
+        size=options.size,
+        num_frames=options.num_frames,
+        fps=options.fps,
+        seed=options.seed,
+    )
+    print(f"wrote {options.num_clips} clips to {options.out}; train on them with data.format=ssv2 data.root={options.out}")
+
+
+def main() -> int:
+    """Console command `vdm`."""
+    return run(vdm_command)

@@ -1,0 +1,309 @@
+"""Clips as an endless, numbered stream: sample `position` depends on the seed and on `position`, on nothing else.
+
+So the stream can be entered anywhere (exact resume) and cut up among any number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vdm.data.folder import find_folder
+from vdm.data.sources import Cut, FileSource, RenderedSource, Source
+from vdm.data.ssv2 import find_ssv2
+from vdm.data.video import UnreadableClip, to_float
+from vdm.errors import UserError
+
+Bad = list[tuple[str, str]]  # (clip id, why it cannot be used)
+
+ORDER, LENGTH, PLACE = range(3)  # what a random stream is for; the last word of its seed
+VALIDATION_OFFSET = 1_000_000_000  # first index of mini-something's validation clips, beyond any training set
+MAX_TRIES = 100  # neighbours tried in place of an unreadable clip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `data` section of a config: which clips, and how they are cut. Raises UserError for impossible values."""
+
+    format: Literal["mini-something", "ssv2", "folder"] = "mini-something"
+    root: str | None = None
+    num_clips: int = 10000  # size of the mini-something training set; files are counted
+    height: int = 256
+    width: int = 256
+    fps: float = 8.0
+    min_frames: int = 16
+    max_frames: int = 16  # each global batch draws one length between the two
+    dataloader_num_workers: int = 0
+    pin_memory: bool = False
+    max_bad_share: float = 0.05  # the run refuses a data set with more unreadable clips than this
+    cache_latents: bool = False
+    validation_clips: int = 64  # at most so many clips make the validation loss
+
+    def __post_init__(self) -> None:
+        for name in ("num_clips", "height", "width", "min_frames", "max_frames", "validation_clips"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_frames < self.min_frames:
+            raise UserError(f"data.max_frames={self.max_frames} is below data.min_frames={self.min_frames}; raise it")
+        if not (self.fps > 0 and math.isfinite(self.fps)):
+            raise UserError(f"data.fps must be above 0, got {self.fps}")
+        if self.dataloader_num_workers < 0:
+            raise UserError(f"data.dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share must be between 0 and 1, got {self.max_bad_share}")
+
+
+# --- the stream ---
+
+
+class Sample(TypedDict):
+    """One clip of the stream; `bad` names the clips that this one stands in for."""
+
+    video: Tensor  # float32 (3,T,H,W) in [-1,1]
+    caption: str
+    id: str
+    index: int
+    position: int
+    bad: Bad
+
+
+class ClipDataset(Dataset[Sample]):
+    """The stream of one split, indexed by position.
+
+    Training: epoch `position // N` visits all N clips once in its own random order, each cut at random; all clips of a
+    global batch (`position // batch_size`) have one length. Validation: clip `position`, the longest length, cut from
+    the middle. Files that are known to be unusable are left out and listed in `missing`. Raises UserError where a data
+    set cannot be used.
+    """
+
+    def __init__(
+        self, config: DataConfig, *, split: Literal["train", "validation"], seed: int, batch_size: int
+    ) -> None:
+        self.config = config
+        self.split = split
+        self.seed = seed
+        self.batch_size = batch_size
+        self.missing: Bad = []
+        self.source = self._find()
+        self.num_listed = len(self.source) + len(self.missing)
+        refuse_bad_share(self.missing, num_clips=self.num_listed, limit=config.max_bad_share)
+        if not len(self.source):
+            raise UserError(
+                f"no {split} clip of {config.root} can be used ({_first(self.missing)}); mend or replace them"
+            )
+        held = config.validation_clips if split == "validation" else len(self.source)
+        self.num_clips = min(held, len(self.source))
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def _find(self) -> Source:
+        config = self.config
+        if config.format == "mini-something":
+            if config.root is not None:
+                raise UserError(
+                    f"data.root={config.root} is set, but data.format=mini-something reads no files; "
+                    "set data.format=ssv2 or data.format=folder, or leave data.root out"
+                )
+            train = self.split == "train"
+            num_clips, first = (config.num_clips, 0) if train else (config.validation_clips, VALIDATION_OFFSET)
+            return RenderedSource(num_clips, first, self.seed, config.height, config.width, config.fps)
+        if config.root is None:
+            raise UserError(f"data.format={config.format} reads files; set data.root to the folder that holds them")
+        find = find_ssv2 if config.format == "ssv2" else find_folder
+        clips = find(config.root, self.split)
+        self.missing = [(clip.id, clip.problem) for clip in clips if clip.problem]
+        usable = [clip for clip in clips if not clip.problem]
+        return FileSource(usable, config.height, config.width, config.fps)
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of every clip, in the order of the indices; mini-something takes a millisecond for each."""
+        return [self.source.caption(index) for index in range(self.num_clips)]
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def __getitem__(self, position: int) -> Sample:
+        if position < 0 or (self.split == "validation" and position >= self.num_clips):
+            raise IndexError(f"the {self.split} stream has no position {position}")
+        first, cut = self._clip_at(position), self._cut_at(position)
+        bad: Bad = []
+        for index in range(first, first + min(self.num_clips, MAX_TRIES)):
+            index %= self.num_clips
+            name = self.source.id(index)
+            try:
+                frames, caption = self.source.load(index, cut)
+            except UnreadableClip as error:
+                bad.append((name, f"{error.path.name} cannot be read: {error.reason}"))
+                continue
+            return Sample(video=to_float(frames), caption=caption, id=name, index=index, position=position, bad=bad)
+        raise UserError(
+            f"none of {len(bad)} clips of {self.config.root} can be read ({_first(bad)}); mend or replace them"
+        )
+
+    def _clip_at(self, position: int) -> int:
+        if self.split == "validation":
+            return position
+        epoch, place = divmod(position, self.num_clips)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.num_clips)
+        return int(self._order[place])
+
+    def _cut_at(self, position: int) -> Cut:
+        if self.split == "validation":
+            return Cut(self.config.max_frames)
+        lengths = np.random.default_rng([self.seed, position // self.batch_size, LENGTH])
+        num_frames = int(lengths.integers(self.config.min_frames, self.config.max_frames + 1))
+        start, x, y = np.random.default_rng([self.seed, position, PLACE]).random(3)
+        return Cut(num_frames, float(start), float(x), float(y))
+
+
+# --- batches ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one length, side by side."""
+
+    video: Tensor  # float32 (B,3,T,H,W) in [-1,1]
+    captions: list[str]
+    ids: list[str]
+    indices: list[int]
+    positions: list[int]
+    bad: Bad
+
+    def pin_memory(self) -> Batch:
+        return replace(self, video=self.video.pin_memory())
+
+
+class _Carried(Dataset[Sample | UserError]):
+    """A dataset whose UserErrors travel as values: raised in a worker, they would arrive wrapped in a traceback."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, position: int) -> Sample | UserError:
+        try:
+            return self.dataset[position]
+        except UserError as error:
+            return UserError(str(error))
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Positions of consecutive batches; `stop` None never ends. The last batch may be smaller."""
+
+    batch_size: int
+    first_batch: int
+    num_batches: int | None
+    stop: int | None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in itertools.islice(itertools.count(self.first_batch), self.num_batches):
+            first = number * self.batch_size
+            last = first + self.batch_size if self.stop is None else min(first + self.batch_size, self.stop)
+            if first >= last:
+                return
+            yield list(range(first, last))
+
+
+def batches(
+    dataset: ClipDataset,
+    *,
+    batch_size: int,
+    start_batch: int = 0,
+    num_batches: int | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Batches start_batch, start_batch + 1, ... of the stream: without end for training, one pass for validation.
+
+    Entering at batch k gives what skipping k batches gives, with any number of workers. A training batch must not
+    straddle two global ones: `batch_size` divides the dataset's.
+    """
+    training = dataset.split == "train"
+    assert not training or dataset.batch_size % batch_size == 0, "a batch must lie inside one global batch"
+    loader = DataLoader(
+        _Carried(dataset),
+        batch_sampler=_Positions(batch_size, start_batch, num_batches, None if training else len(dataset)),
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else the loader draws its workers' seed from the global generator
+        collate_fn=_collate,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        del loader  # ends the workers now; left to the garbage collector, each would be waited for in vain
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # the workers are the parallelism
+
+
+def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
+    good: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        good.append(sample)
+    return Batch(
+        video=torch.stack([sample["video"] for sample in good]),
+        captions=[sample["caption"] for sample in good],
+        ids=[sample["id"] for sample in good],
+        indices=[sample["index"] for sample in good],
+        positions=[sample["position"] for sample in good],
+        bad=[pair for sample in good for pair in sample["bad"]],
+    )
+
+
+# --- bad clips ---
+
+
+class BadClips:
+    """Counts the clips of a data set that cannot be used, and names each once on stderr."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.num_clips = dataset.num_listed
+        self.limit = dataset.config.max_bad_share
+        self.reasons: dict[str, str] = {}
+        self.note(dataset.missing)
+
+    def note(self, bad: Iterable[tuple[str, str]]) -> None:
+        """Warn of those not named before; raises UserError when more than `data.max_bad_share` of the clips are bad."""
+        for name, reason in bad:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                print(f"warning: clip {name} is left out: {reason}", file=sys.stderr)
+        refuse_bad_share(list(self.reasons.items()), num_clips=self.num_clips, limit=self.limit)
+
+
+def refuse_bad_share(bad: Bad, *, num_clips: int, limit: float) -> None:
+    """Raise UserError when `bad` is more than `limit` of `num_clips`."""
+    if len(bad) > limit * num_clips:
+        share = 100 * len(bad) / num_clips
+        raise UserError(
+            f"{len(bad)} of {num_clips} clips ({share:.0f} %) cannot be read ({_first(bad)}); "
+            f"limit data.max_bad_share={limit}: mend or remove them, or raise the limit"
+        )
+
+
+def _first(bad: Bad) -> str:
+    name, reason = bad[0]
+    return f"first: {name}: {reason}"

@@ -1,0 +1,88 @@
+"""Where clips come from: files, or the mini-something renderer. Both are a finite, numbered set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vdm.data.mini_something import Rendered, render_clip
+from vdm.data.ssv2 import ClipFile
+from vdm.data.transforms import resize_crop
+from vdm.data.video import Frames, read_clip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which part of a clip is taken: its length, and where in time and in the picture (fractions in [0,1])."""
+
+    num_frames: int
+    start: float = 0.5
+    x: float = 0.5
+    y: float = 0.5
+
+
+class Source(Protocol):
+    """Clips of one size and frame rate, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def id(self, index: int) -> str: ...
+
+    def caption(self, index: int) -> str: ...
+
+    def load(self, index: int, cut: Cut) -> tuple[Frames, str]:
+        """uint8 (T,height,width,3) and the caption; raises UnreadableClip."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Clips in files."""
+
+    clips: list[ClipFile]
+    height: int
+    width: int
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def id(self, index: int) -> str:
+        return self.clips[index].id
+
+    def caption(self, index: int) -> str:
+        return self.clips[index].caption
+
+    def load(self, index: int, cut: Cut) -> tuple[Frames, str]:
+        clip = self.clips[index]
+        frames = read_clip(clip.path, fps=self.fps, num_frames=cut.num_frames, start=cut.start)
+        return resize_crop(frames, height=self.height, width=self.width, x=cut.x, y=cut.y), clip.caption
+
+
+@dataclass(frozen=True)
+class RenderedSource:
+    """mini-something's clips `first` ... `first + num_clips - 1`, drawn when asked for: nothing is cut away."""
+
+    num_clips: int
+    first: int
+    seed: int
+    height: int
+    width: int
+    fps: float
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def id(self, index: int) -> str:
+        return str(self.first + index)
+
+    def caption(self, index: int) -> str:
+        return self._render(index, height=16, width=16, num_frames=1).label  # it does not depend on the size
+
+    def load(self, index: int, cut: Cut) -> tuple[Frames, str]:
+        clip = self._render(index, height=self.height, width=self.width, num_frames=cut.num_frames)
+        return clip.frames, clip.label
+
+    def _render(self, index: int, *, height: int, width: int, num_frames: int) -> Rendered:
+        index += self.first
+        return render_clip(index, seed=self.seed, height=height, width=width, num_frames=num_frames, fps=self.fps)

@@ -1,0 +1,272 @@
+"""The only border between files and pixels: PyAV reads every clip and writes every mp4.
+
+Frames are uint8 (T,H,W,3) RGB, as shown: rotation metadata is applied, the pixel aspect ratio is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from vdm.data.clips import frame_indices
+from vdm.errors import UserError
+
+Frames = npt.NDArray[np.uint8]  # (T, H, W, 3) RGB
+
+# libav reports each damaged block on stderr by itself; what matters of that reaches the user in one sentence of ours.
+av.logging.set_level(av.logging.PANIC)
+
+BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
+ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
+# Without mbtree: at widths below 128 its look-ahead makes other bytes on each run, of the same frames in one thread.
+X264 = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
+FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.45)
+LINE_HEIGHT, MARGIN = 18, 5
+
+
+class UnreadableClip(UserError):
+    """A file that gives no frame; `reason` is what the sentence says after its name."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be read: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+
+# --- file -> pixels ---
+
+
+def read_clip(path: str | Path, *, fps: float, num_frames: int, start: float = 0.5) -> Frames:
+    """uint8 (num_frames,H,W,3): what is shown at `num_frames` moments 1/fps seconds apart (see `clips.frame_indices`).
+
+    `start` in [0, 1] places the window in a longer file. A file whose end is damaged gives what decodes before the
+    damage. Raises UnreadableClip (a UserError) naming the file when no frame decodes.
+    """
+    times = _demuxed_times(path)
+    if len(times) == 0:
+        raise UnreadableClip(path, "it holds no video frame")
+    wanted = frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start)
+    frames, seen = _decode(path, keep=set(wanted.tolist()))
+    if len(seen) <= wanted[-1] or not np.array_equal(seen, times[: len(seen)]):
+        # The codec shows other frames than the container lists (hidden or damaged ones): believe the codec.
+        times = _decode(path, keep=())[1]
+        wanted = frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start)
+        frames, _ = _decode(path, keep=set(wanted.tolist()))
+    return np.stack([frames[index] for index in wanted.tolist()])
+
+
+def _demuxed_times(path: str | Path) -> npt.NDArray[np.float64]:
+    """Seconds (N,) at which the container says that its frames are shown, without decoding any."""
+    stamps: list[int | None] = []
+    with _opened(path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    stamps.append(packet.pts)
+        except av.FFmpegError:
+            pass  # a damaged end: the packets before it stand
+        return _display_times(stamps, stream)
+
+
+def _decode(path: str | Path, *, keep: Collection[int]) -> tuple[dict[int, Frames], npt.NDArray[np.float64]]:
+    """One decoding pass: the frames of `keep` by their place in display order, and the seconds (N,) of all frames seen.
+
+    Frames leave the decoder in display order whatever their stamps say. An empty `keep` sees every frame and holds
+    none, else the pass ends with the last frame kept; it also ends where the file is damaged. Raises UnreadableClip
+    when it sees no frame.
+    """
+    last = max(keep, default=None)
+    kept: dict[int, Frames] = {}
+    stamps: list[int | None] = []
+    size: tuple[int, int] | None = None  # of the first frame; a stream may change its size on the way
+    reason = "no frame of it decodes"
+    with _opened(path) as (container, stream):
+        try:
+            for frame in container.decode(stream):
+                size = size or (frame.width, frame.height)
+                if len(stamps) in keep:
+                    kept[len(stamps)] = _to_rgb(frame, *size)
+                stamps.append(frame.pts)
+                if last is not None and len(stamps) > last:
+                    break
+        except av.FFmpegError as error:
+            reason = _reason(error)
+        if not stamps:
+            raise UnreadableClip(path, reason)
+        return kept, _display_times(stamps, stream)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first video stream, set to decode in this thread alone; closed on the way out."""
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableClip(path, _reason(error)) from error
+    with container:
+        if not container.streams.video:
+            raise UnreadableClip(path, "it has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # workers are the parallelism; threads inside each would only fight over the cores
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> npt.NDArray[np.float64]:
+    """Seconds, ascending: sorting undoes the order of storage (B-frames) and stamps that run backwards (some AVI)."""
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) < len(stamps) or stream.time_base is None:
+        return np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or 25)
+    return np.sort(np.array(known, dtype=np.float64)) * float(stream.time_base)
+
+
+def _to_rgb(frame: VideoFrame, width: int, height: int) -> Frames:
+    """uint8 (height,width,3), then turned as its metadata asks."""
+    rgb = frame.to_ndarray(
+        width=width,
+        height=height,
+        format="rgb24",
+        src_color_range=frame.color_range,
+        interpolation=ACCURATE,
+        threads=1,
+    )
+    return np.rot90(np.asarray(rgb, dtype=np.uint8), k=round(frame.rotation / 90) % 4)  # both count counterclockwise
+
+
+def _reason(error: BaseException) -> str:
+    """libav's own short sentence, without error numbers and function names."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text[:1].lower() + text[1:]
+
+
+# --- pixels -> file ---
+
+
+def write_video(path: str | Path, frames: Frames, *, fps: float) -> None:
+    """Write uint8 (T,H,W,3) as H.264 yuv420p mp4 that a browser plays; odd sizes are made even by repeating the edge.
+
+    The same frames give the same bytes. The file appears whole or not at all. Raises UserError when the folder cannot
+    be written.
+    """
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3, "uint8 (T,H,W,3)"
+    if len(frames) == 0:
+        raise UserError(f"cannot write {path}: a video needs at least one frame")
+    with _replacing(Path(path)) as temporary:
+        _encode(temporary, frames, fps=fps)
+
+
+def _encode(path: Path, frames: Frames, *, fps: float) -> None:
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as mp4:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = mp4.add_stream("libx264", rate=rate, options=X264)
+        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1  # slices per thread would make the bytes depend on the machine
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = ColorRange.MPEG
+        for pixels in even:
+            mp4.mux(stream.encode(_to_yuv(pixels)))
+        mp4.mux(stream.encode(None))
+
+
+def _to_yuv(pixels: Frames) -> VideoFrame:
+    """uint8 (H,W,3) to yuv420p as BT.709 of limited range, which is what players assume."""
+    return VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=ACCURATE,
+        threads=1,
+    )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: moved over it on success, removed on failure. Folders are made as needed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        taken = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = f"{path.parent} is not a folder" if taken else _reason(error)
+        raise UserError(f"cannot write {path}: {reason}; choose a folder that can be written") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+# --- uint8 <-> float ---
+
+
+def to_float(frames: Frames) -> Tensor:
+    """uint8 (T,H,W,3) -> float32 (3,T,H,W) in [-1,1]."""
+    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)
+    return video.contiguous().float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(video: Tensor) -> Frames:
+    """float (3,T,H,W) in [-1,1] -> uint8 (T,H,W,3); rounded to the nearest step, what lies outside is clamped."""
+    pixels = video.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
+    return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy())
+
+
+# --- a picture of many clips ---
+
+
+def contact_sheet(
+    path: str | Path, clips: Sequence[Frames], *, captions: Sequence[str], columns_frames: int = 8
+) -> None:
+    """Write a PNG with one row per clip uint8 (T,H,W,3): frames evenly spaced in time, the caption beneath.
+
+    Rows are padded with white to a common width. Raises UserError when the folder cannot be written.
+    """
+    assert clips and len(clips) == len(captions), "one caption for each clip, at least one clip"
+    strips = [_strip(clip, columns_frames) for clip in clips]
+    width = max(strip.shape[1] for strip in strips)
+    rows: list[Frames] = []
+    for strip, caption in zip(strips, captions, strict=True):
+        rows.append(np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255))
+        rows.append(_text_band(caption, width))
+    done, png = cv2.imencode(".png", cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
+    assert done
+    with _replacing(Path(path)) as temporary:
+        temporary.write_bytes(png.tobytes())
+
+
+def _strip(clip: Frames, columns: int) -> Frames:
+    """uint8 (H, columns*W, 3)."""
+    chosen = np.linspace(0, len(clip) - 1, columns).round().astype(int)
+    return np.concatenate(list(clip[chosen]), axis=1)
+
+
+def _text_band(text: str, width: int) -> Frames:
+    """Black on white uint8 (h,width,3), wrapped at words; OpenCV's fonts draw ASCII only."""
+    lines = [""]
+    for word in text.encode("ascii", "replace").decode().split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and cv2.getTextSize(longer, *FONT, 1)[0][0] > width - 2 * MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    band = np.full((LINE_HEIGHT * len(lines) + MARGIN, width, 3), 255, dtype=np.uint8)
+    for number, line in enumerate(lines, start=1):
+        cv2.putText(band, line, (MARGIN, LINE_HEIGHT * number - MARGIN), *FONT, (0, 0, 0), 1, cv2.LINE_AA)
+    return band

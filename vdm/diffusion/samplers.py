@@ -1,0 +1,146 @@
+"""From noise to a clip: free functions of a denoiser, in float32, each clip with its own random numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vdm.diffusion.schedule import NoiseSchedule
+from vdm.errors import UserError
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,)) -> the network's prediction (B, ...)
+Callback = Callable[[int, int, Tensor], None]  # (index of the step, its t, x after it)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How previews and `sample.py` make clips unless told otherwise; sizes in pixels, eta for the ddim sampler only."""
+
+    num_frames: int = 16
+    height: int = 256
+    width: int = 256
+    sampling_fps: float = 8.0
+    num_inference_steps: int = 50
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    eta: float = 0.0
+    guidance_scale: float = 9.0
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("num_inference_steps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if not 0.0 < self.sampling_fps < math.inf:
+            raise UserError(f"sampling_fps is {self.sampling_fps}; it must be positive, such as 8")
+        if self.sampler not in ("ddim", "ddpm"):
+            raise UserError(f"sampler is {self.sampler!r}; it must be one of ddim, ddpm")
+        _check_eta(self.eta)
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number, such as 9")
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must lie in 0 to 1, and 0 turns it off")
+
+
+def _check_eta(eta: float) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta is {eta}; it must lie in 0 (deterministic) to 1 (as random as ddpm)")
+
+
+def initial_noise(
+    shape_of_one: Sequence[int], generators: Sequence[torch.Generator], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal noise (B, *shape_of_one) float32: clip i from generators[i] alone, whatever the batch.
+
+    It is drawn on the generator's own device (the CPU, so that a seed means the same clip on every machine).
+    """
+    draws = [torch.randn(tuple(shape_of_one), generator=one, device=one.device) for one in generators]
+    return torch.stack([draw.to(device) for draw in draws])
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoise: Denoiser,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by DDIM (Song et al. 2021, eq. 12 and 16).
+
+    eta goes from 0, deterministic, to 1, where each step has the distribution of `ddpm_sample`'s; above 0 it needs one
+    generator a clip. Steps go from one timestep visited to the next, which is diffusers' DDIMScheduler wherever
+    num_steps divides num_train_timesteps (elsewhere its steps end beside the next timestep, and not on a clean clip).
+    Raises UserError for an eta outside [0, 1], too many steps, or generators that are missing or do not match x.
+    """
+    _check_eta(eta)
+    generators = _one_each(generators, x) if eta > 0.0 else None
+    x = x.float()
+    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=schedule.final_alpha_cumprod)):
+        x0, eps = _predict(denoise, x, schedule, t)
+        variance = eta**2 * _posterior_variance(now, then)
+        x = math.sqrt(then) * x0 + math.sqrt(max(1.0 - then - variance, 0.0)) * eps
+        x = _add_step_noise(x, variance, generators)
+        if callback is not None:
+            callback(index, t, x)
+    return x
+
+
+@torch.no_grad()
+def ddpm_sample(
+    denoise: Denoiser,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int,
+    generators: Sequence[torch.Generator] | None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by ancestral sampling (Ho et al. 2020, eq. 6-7).
+
+    The posterior q(x_s | x_t, x0) with its own ("fixed small") variance, over any subset of the steps, one generator a
+    clip. It always ends on a clean clip, as diffusers' DDPMScheduler does: set_alpha_to_one is of DDIM alone.
+    Raises UserError for too many steps, or generators that are missing or do not match x.
+    """
+    generators = _one_each(generators, x)
+    x = x.float()
+    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)):
+        x0, _ = _predict(denoise, x, schedule, t)
+        alpha = now / then  # of this step alone; 0 when x is pure noise, and then x0 is all that counts
+        x = math.sqrt(then) * (1.0 - alpha) / (1.0 - now) * x0 + math.sqrt(alpha) * (1.0 - then) / (1.0 - now) * x
+        x = _add_step_noise(x, _posterior_variance(now, then), generators)
+        if callback is not None:
+            callback(index, t, x)
+    return x
+
+
+def _predict(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, t: int) -> tuple[Tensor, Tensor]:
+    steps = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
+    return schedule.predictions(denoise(x, steps).float(), x, steps)
+
+
+def _posterior_variance(now: float, then: float) -> float:
+    """Variance of q(x_then | x_now, x0), both given by alpha_bar (Ho et al. 2020, eq. 7); 0 when then is clean."""
+    return (1.0 - then) / (1.0 - now) * (1.0 - now / then)
+
+
+def _add_step_noise(x: Tensor, variance: float, generators: Sequence[torch.Generator] | None) -> Tensor:
+    if generators is None or variance <= 0.0:
+        return x
+    return x + math.sqrt(variance) * initial_noise(x.shape[1:], generators, x.device)
+
+
+def _one_each(generators: Sequence[torch.Generator] | None, x: Tensor) -> Sequence[torch.Generator]:
+    if generators is None:
+        raise UserError("random sampling steps need one torch.Generator a clip; pass generators, or ddim with eta 0")
+    if len(generators) != x.shape[0]:
+        raise UserError(f"there are {len(generators)} generators for {x.shape[0]} clips; pass one for each")
+    return generators

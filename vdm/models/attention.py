@@ -1,0 +1,137 @@
+"""Attention of every kind the model has, all through one function around `scaled_dot_product_attention`.
+
+Tokens are (B, T, P, C): video, frame, position, channel. Which axis attends is a matter of view:
+space (B*T, P), text (B, T*P) against L tokens that all frames share, time (B*P, T).
+Suffixes: B batch, N heads, L / S length of queries / keys, D head dim, T frames, P positions, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, from_tokens, to_tokens, zero_init
+
+# CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
+MAX_BATCH = 65_535
+
+
+def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v -> (B, N, L, D), for any batch size and any strides."""
+    if q_BNLD.shape[0] <= MAX_BATCH:
+        return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+    pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in pieces])
+
+
+class SpatialSelfAttention(nn.Module):
+    """Self-attention among the positions of one frame: tokens (B, T, P, C) -> (B, T, P, C). No bias on q, k, v."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
+        qkv = self.to_qkv(x_BTPC).flatten(0, 1).unflatten(2, (3, self.heads, -1))  # (B*T, P, 3, N, D)
+        out = attend(*qkv.permute(2, 0, 3, 1, 4))  # (B*T, N, P, D)
+        return self.to_out(out.transpose(1, 2).flatten(2).view(*x_BTPC.shape[:3], -1))
+
+
+class TemporalSelfAttention(SpatialSelfAttention):
+    """Self-attention among the frames of one position; the same weights' shapes. One copy in, one copy out."""
+
+    def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
+        B, _, P, _ = x_BTPC.shape
+        qkv = self.to_qkv(x_BTPC).unflatten(3, (3, self.heads, -1))  # (B, T, P, 3, N, D)
+        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # 3 x (B*P, N, T, D): the copy in
+        out = attend(q, k, v).unflatten(0, (B, P))  # (B, P, N, T, D)
+        return self.to_out(out.permute(0, 3, 1, 2, 4).flatten(3))  # (B, T, P, N*D): the copy out
+
+
+class CrossAttention(nn.Module):
+    """Attention of all T*P tokens of a video to the L tokens of its text; keys and values are made once per video."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x_BTPC: Tensor, context_BLC: Tensor) -> Tensor:
+        q = self.to_q(x_BTPC).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, T*P, D)
+        kv = self.to_kv(context_BLC).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, N, L, D)
+        out = attend(q, kv[0], kv[1])
+        return self.to_out(out.transpose(1, 2).flatten(2).view(*x_BTPC.shape[:3], -1))
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gated hidden layer: W2 (a * gelu(g)), [a, g] = W1 x, hidden width 4*dim (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, 8 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.linear1(x).chunk(2, dim=-1)
+        return self.linear2(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """LN, attention, LN, attention, LN, GEGLU, each a residual, on tokens (B, T, P, C)."""
+
+    def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.attn1, self.attn2, self.ff = attn1, attn2, GEGLU(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class _Transformer(nn.Module):
+    """Norm, project in, transform tokens, project out, residual: (B, C, T, H, W) -> (B, C, T, H, W)."""
+
+    def __init__(self, channels: int, norm: nn.Module, block: TransformerBlock, inner: int):
+        super().__init__()
+        self.norm = norm
+        self.proj_in = nn.Linear(channels, inner)
+        self.block = block
+        self.proj_out = nn.Linear(inner, channels)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        tokens = self.block(self.proj_in(to_tokens(self.norm(x))), context)
+        return x + from_tokens(self.proj_out(tokens), x.shape[3:])
+
+
+class SpatialTransformer(_Transformer):
+    """Self-attention within each frame, then cross-attention to the text. Its GroupNorm is per frame, eps 1e-6."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int, groups: int):
+        inner = heads * head_dim
+        attn1 = SpatialSelfAttention(inner, heads, head_dim)
+        attn2 = CrossAttention(inner, heads, head_dim, context_dim)
+        super().__init__(
+            channels, FrameGroupNorm(groups, channels, eps=1e-6), TransformerBlock(inner, attn1, attn2), inner
+        )
+
+
+class TemporalTransformer(_Transformer):
+    """Two self-attentions over frames, at each position. Its GroupNorm reduces over frames too, eps 1e-6.
+
+    The output projection starts at zero: an untrained temporal transformer changes nothing.
+    """
+
+    def __init__(self, channels: int, heads: int, head_dim: int, groups: int):
+        inner = heads * head_dim
+        attn1, attn2 = (TemporalSelfAttention(inner, heads, head_dim) for _ in range(2))
+        super().__init__(
+            channels, VideoGroupNorm(groups, channels, eps=1e-6), TransformerBlock(inner, attn1, attn2), inner
+        )
+        zero_init(self.proj_out)

@@ -1,0 +1,138 @@
+"""Layers with no opinion about video: folding frames, initialising at zero, embedding time, resizing in space.
+
+A video between modules is always (B, C, T, H, W), kept in `channels_last_3d` memory, i.e. laid out as (B, T, H, W, C).
+In that layout the fold to frames (B*T, C, H, W) and the tokens (B, T, H*W, C) are views; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def fold_frames(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B*T, C, H, W): a view when x is channels_last_3d."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
+    """(B*T, C, H, W) -> (B, C, T, H, W): the inverse of `fold_frames`, always a view."""
+    return x.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B, T, H*W, C): a view when x is channels_last_3d."""
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3)
+
+
+def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, T, H*W, C) -> (B, C, T, H, W) in channels_last_3d memory: the inverse of `to_tokens`, always a view."""
+    return x.unflatten(2, size).permute(0, 4, 1, 2, 3)
+
+
+def zero_init(layer: Layer) -> Layer:
+    """Set every parameter of `layer` to zero, so that the residual branch it ends adds nothing at first."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def channels_last_weights(module: nn.Module) -> None:
+    """Lay the weights of every 2-D convolution out as their inputs are, so that no kernel has to reorder them."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Timesteps (B,) -> fp32 (B, dim): cosines first, frequencies 10000^(-i / (dim/2)) (DDPM, arXiv 2006.11239)."""
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) / half * index)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Timesteps (B,) -> (B, 4*dim): sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, 4 * dim)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        x = sinusoidal_embedding(timesteps, self.dim).to(self.linear1.weight.dtype)
+        return self.linear2(F.silu(self.linear1(x)))
+
+
+class FrameConv(nn.Conv2d):
+    """A Conv2d on every frame of (B, C, T, H, W) alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm whose statistics are those of one frame: over (C/groups, H, W), never over T."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+
+
+class VideoGroupNorm(nn.GroupNorm):
+    """GroupNorm whose statistics are those of one video: over (C/groups, T, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As (B, C, T, H*W) the 4-D channels_last kernel serves; the 5-D one copies to (B, C, T, H, W) order first.
+        return super().forward(x.flatten(3)).unflatten(3, x.shape[3:])
+
+
+class TemporalConv(nn.Conv3d):
+    """A (3, 1, 1) convolution over frames, zero-padded; weight (out, in, 3, 1, 1) as in the original.
+
+    Run as a (3, 1) Conv2d on the view (B, C, T, H*W): the same sums without the slow 3-D convolution path.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, padding=(1, 0))
+        return y.unflatten(3, x.shape[3:])
+
+
+class Downsample(nn.Module):
+    """Halve the height and width (rounded up) with a strided 3x3 convolution. A UNet block: emb and context go unused."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = FrameConv(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour to `size` (of the skip that comes next, so any latent size works), then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = FrameConv(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        frames = F.interpolate(fold_frames(x), size=size, mode="nearest")
+        return self.conv(unfold_frames(frames, x.shape[2]))
+
+
+class KeepSize(nn.Module):
+    """Stands where an Upsample would, in decoder layers that stay at their resolution."""
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return x

@@ -1,0 +1,57 @@
+"""What a run says while it goes: a progress bar, `log.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Records of a run, one object a step; a resumed run continues the files as if it had never stopped."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int):
+        self.path = run_dir / "log.jsonl"
+        self._forget_after(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(total=num_steps, initial=first_step, desc=run_dir.name, file=sys.stderr, dynamic_ncols=True)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what an interrupted run logged after the checkpoint that is resumed, and a line cut short."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log the numbers of a step; TensorBoard gets them as scalars."""
+        self._file.write(json.dumps({"step": step, **{key: round(value, 8) for key, value in values.items()}}) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def advance(self, loss: float) -> None:
+        """One step done."""
+        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._bar.update()
+
+    def say(self, message: str) -> None:
+        """A line for the reader, above the progress bar."""
+        self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar and flush the files."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()

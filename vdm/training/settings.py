@@ -1,0 +1,89 @@
+"""The `training` section of a config: every number of the recipe that is neither the model nor the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from vdm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a run is trained. A step is an optimizer step: batch_size x gradient_accumulation_steps x processes clips."""
+
+    task: Literal["unet", "vae"] = "unet"  # "unet" trains the UNet, and the text tower where that is trainable
+    batch_size: int = 4  # clips per process and micro-step
+    gradient_accumulation_steps: int = 1
+    effective_batch_size: int | None = None  # only checked: clips per step over all processes
+    num_gpus: int | None = None  # only checked; null counts as one process
+    init_from: str | None = None  # checkpoint folder whose weights the run starts from
+
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    max_train_steps: int = 1000
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999  # 0 makes the averaged weights the weights themselves
+    caption_dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+
+    kl_weight: float = 1e-6  # task "vae": weight of the KL term beside the reconstruction error
+    edge_weight: float = 0.0  # task "vae": weight of the error of the image gradients, which keeps edges sharp
+
+    log_steps: int = 10
+    checkpointing_steps: int = 5000
+    keep_checkpoints: int | None = None  # null keeps all, else the newest so many
+    validation_steps: int = 1000  # 0 never validates
+    preview_steps: int = 0  # 0 means together with each validation
+    preview_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_gpus"):
+            self._require(name, at_least=1)
+        for name in ("max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints"):
+            self._require(name, at_least=1)
+        for name in ("warmup_steps", "validation_steps", "preview_steps", "weight_decay", "kl_weight", "edge_weight"):
+            self._require(name, at_least=0)
+        for name in ("learning_rate", "epsilon", "max_grad_norm"):
+            self._require(name, above=0)
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            self._require(name, at_least=0, below=1)
+        self._require("caption_dropout", at_least=0, at_most=1)
+        self._check_effective_batch_size()
+
+    def _require(
+        self,
+        name: str,
+        *,
+        at_least: float = -math.inf,
+        above: float = -math.inf,
+        at_most: float = math.inf,
+        below: float = math.inf,
+    ) -> None:
+        """Raise UserError unless the field is null or at_least <= value <= at_most and above < value < below."""
+        value = getattr(self, name)
+        if value is None or (at_least <= value <= at_most and above < value < below):
+            return
+        bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+        wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise UserError(f"training.{name} must be {wanted}, got {value}")
+
+    def _check_effective_batch_size(self) -> None:
+        """The two numbers that restate the others must agree with them."""
+        processes = self.num_gpus or 1
+        actual = self.batch_size * self.gradient_accumulation_steps * processes
+        if self.effective_batch_size not in (None, actual):
+            raise UserError(
+                f"training.effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} x num_gpus {processes} is {actual}; "
+                "correct one of them or leave effective_batch_size out"
+            )

@@ -1,0 +1,180 @@
+"""What a run learns: the loss of a batch, and how to look at the result. Here data, text, models and diffusion meet.
+
+A task is what the loop needs and no more: the parts it trains, the clips it trains on, a loss, a preview. Every random
+draw of a clip is a function of (seed, position in the global stream), so it depends on neither batch nor restart.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vdm.config import Config
+from vdm.data.latents import LatentDataset
+from vdm.data.loader import Batch, ClipDataset
+from vdm.data.video import contact_sheet, to_uint8, write_video
+from vdm.diffusion import ddpm_loss
+from vdm.errors import UserError
+from vdm.models.vae import LatentDistribution
+from vdm.pipeline import Components, TextToVideo
+
+Split = Literal["train", "validation"]
+NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed
+
+
+def clip_generator(seed: int, position: int, purpose: int) -> torch.Generator:
+    """The random stream of one clip for one purpose, on the CPU."""
+    state = np.random.SeedSequence([seed, position, purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+class Task(ABC):
+    """One kind of training, on the parts of one model."""
+
+    def __init__(self, config: Config, parts: Components, device: torch.device):
+        self.config = config
+        self.parts = parts
+        self.device = device
+        for module in parts.modules().values():
+            module.to(device).eval().requires_grad_(False)
+        parts.schedule.to(device)
+        for module in self.trained().values():
+            module.requires_grad_(True)
+
+    @abstractmethod
+    def trained(self) -> dict[str, nn.Module]:
+        """The parts that learn, under their names in a checkpoint."""
+
+    def dataset(self, split: Split) -> ClipDataset:
+        """The stream of clips of a split; a batch is all clips of one optimizer step."""
+        training = self.config.training
+        global_batch = training.batch_size * training.gradient_accumulation_steps
+        return ClipDataset(self.config.data, split=split, seed=self.config.seed, batch_size=global_batch)
+
+    @abstractmethod
+    def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        """Scalar losses of a batch; the one called `loss` is minimised, the others are logged."""
+
+    @abstractmethod
+    def preview(self, folder: Path, batch: Batch) -> None:
+        """Write what the model does now as clips and a contact sheet; `batch` holds validation clips."""
+
+    def finished(self) -> Config:
+        """The config of the finished model: what training measured is filled in."""
+        return self.config
+
+
+class UNetTask(Task):
+    """Denoise the latents of captioned clips with a frozen VAE, the text tower learning along where it may."""
+
+    def trained(self) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {"unet": self.parts.unet}
+        if self.config.text.text_trainable:
+            parts["text"] = self.parts.text_encoder
+        return parts
+
+    def dataset(self, split: Split) -> ClipDataset:
+        plain = super().dataset(split)
+        if not self.config.data.cache_latents:
+            return plain
+        encode = lambda clip: self._moments(clip[None])[0].cpu()  # noqa: E731
+        return LatentDataset(
+            plain.config, split=split, seed=plain.seed, batch_size=plain.batch_size, encode=encode
+        )
+
+    @torch.no_grad()
+    def _moments(self, video: Tensor) -> Tensor:
+        return self.parts.vae.encode(video.to(self.device)).moments
+
+    def _latents(self, batch: Batch) -> Tensor:
+        moments = batch.video.to(self.device) if self.config.data.cache_latents else self._moments(batch.video)
+        posterior = LatentDistribution(moments, self.parts.vae.config.scaling_factor)
+        return posterior.sample([clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions])
+
+    def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        """The diffusion loss; in validation the captions are all kept, and draws come from a stream of their own."""
+        x0 = self._latents(batch)
+        seed = self.config.seed + (0 if training else 1)
+        num_steps = self.parts.schedule.config.num_train_timesteps
+        noise, times, captions = [], [], []
+        for position, caption in zip(batch.positions, batch.captions, strict=True):
+            draw = clip_generator(seed, position, NOISE)
+            times.append(int(torch.randint(num_steps, (), generator=draw)))
+            dropped = float(torch.rand((), generator=draw)) < self.config.training.caption_dropout
+            captions.append("" if training and dropped else caption)
+            noise.append(torch.randn(x0.shape[1:], generator=draw))
+        context = self.parts.text_encoder(captions)
+        loss = ddpm_loss(
+            lambda x, t: self.parts.unet(x, t, context),
+            x0,
+            noise=torch.stack(noise).to(self.device),
+            t=torch.tensor(times, device=self.device),
+            schedule=self.parts.schedule,
+        )
+        return {"loss": loss.mean()}
+
+    def preview(self, folder: Path, batch: Batch) -> None:
+        """Clips for the configured prompts, or for the captions of `batch`; clip i always starts from the same noise."""
+        prompts = list(self.config.training.preview_prompts) or batch.captions
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
+        _write_preview(folder, video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps)
+
+
+class VAETask(Task):
+    """Reconstruct frames through latents: L1 error, error of the image gradients, KL to the unit Gaussian."""
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"vae": self.parts.vae}
+
+    def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        """In validation the mean latent is decoded; in training a draw from the posterior."""
+        video = batch.video.to(self.device)
+        posterior = self.parts.vae.encode(video)
+        generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
+        decoded = self.parts.vae.decode(posterior.sample(generators) if training else posterior.mode())
+        error = decoded.float() - video
+        edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+        reconstruction, kl = error.abs().mean(), posterior.kl().mean()
+        weights = self.config.training
+        return {
+            "loss": reconstruction + weights.edge_weight * edges + weights.kl_weight * kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "psnr": 10.0 * torch.log10(4.0 / error.square().mean()),  # values span 2
+            "latent_std": (posterior.mode() / self.parts.vae.config.scaling_factor).std(),
+        }
+
+    @torch.no_grad()
+    def preview(self, folder: Path, batch: Batch) -> None:
+        """Every validation clip above its reconstruction."""
+        video = batch.video.to(self.device)
+        decoded = self.parts.vae.decode(self.parts.vae.encode(video).mode())
+        pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
+        names = [name for caption in batch.captions for name in (caption, "reconstructed")]
+        _write_preview(folder, pairs, names, self.config.data.fps)
+
+
+def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: float) -> None:
+    """Clips (B,3,T,H,W) in [-1,1] as mp4 files and one contact sheet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = [to_uint8(clip.float().cpu()) for clip in video]
+    for number, clip in enumerate(clips):
+        write_video(folder / f"{number:02d}.mp4", clip, fps=fps)
+    contact_sheet(folder / "contact_sheet.png", clips, captions=list(captions))
+
+
+TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask}
+
+
+def build_task(config: Config, parts: Components, device: torch.device) -> Task:
+    """The task that `training.task` names. Raises `UserError` where the device cannot do the precision asked for."""
+    if config.training.mixed_precision == "fp16" and device.type != "cuda":
+        raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
+    return TASKS[config.training.task](config, parts, device)

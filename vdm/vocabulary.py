@@ -1,0 +1,75 @@
+"""The words of mini-something: six colours, five shapes and sixteen actions, shared by the renderer and the metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Colour:
+    """A colour that a pixel can be tested for; hues are inclusive ranges in OpenCV's units (0-179)."""
+
+    name: str
+    hues: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One of the sixteen things that happen; `template` is SSv2's own wording, with a slot for each object."""
+
+    name: str
+    template: str
+
+    @property
+    def num_slots(self) -> int:
+        return self.template.count("[")
+
+    @property
+    def class_name(self) -> str:
+        """The key of SSv2's labels.json: the template without its brackets."""
+        return self.template.replace("[", "").replace("]", "")
+
+
+# In OpenCV's HSV an object has at least this saturation, and this value on its lit side.
+OBJECT_MIN_SATURATION = 150
+OBJECT_MIN_VALUE = 70
+# Table, wall and shadows stay below; skin lies in between, in a hue range that no object colour touches.
+BACKGROUND_MAX_SATURATION = 60
+HAND_HUES = (8, 18)
+HAND_SATURATIONS = (50, 130)
+
+COLOURS: dict[str, Colour] = {
+    colour.name: colour
+    for colour in (
+        Colour("red", ((0, 4), (175, 179))),
+        Colour("yellow", ((25, 33),)),
+        Colour("green", ((50, 70),)),
+        Colour("cyan", ((85, 97),)),
+        Colour("blue", ((106, 120),)),
+        Colour("purple", ((135, 155),)),
+    )
+}
+
+SHAPES: tuple[str, ...] = ("ball", "box", "cup", "bottle", "book")
+SHAPES_WITH_A_TOP: tuple[str, ...] = ("cup", "bottle")  # what can be turned upside down to the eye
+
+COVER = "a white cloth"
+
+ACTIONS: tuple[Action, ...] = (
+    Action("push_left_to_right", "Pushing [something] from left to right"),
+    Action("push_right_to_left", "Pushing [something] from right to left"),
+    Action("pull_left_to_right", "Pulling [something] from left to right"),
+    Action("pull_right_to_left", "Pulling [something] from right to left"),
+    Action("pick_up", "Picking [something] up"),
+    Action("move_down", "Moving [something] down"),
+    Action("put_on_surface", "Putting [something] on a surface"),
+    Action("move_towards_camera", "Moving [something] towards the camera"),
+    Action("move_away_from_camera", "Moving [something] away from the camera"),
+    Action("turn_upside_down", "Turning [something] upside down"),
+    Action("push_off_table", "Pushing [something] so that it falls off the table"),
+    Action("cover", "Covering [something] with [something]"),
+    Action("move_closer", "Moving [something] and [something] closer to each other"),
+    Action("move_apart", "Moving [something] and [something] away from each other"),
+    Action("throw_and_catch", "Throwing [something] in the air and catching it"),
+    Action("hold", "Holding [something]"),
+)
