@@ -34,7 +34,7 @@ setup(
         "torch>=2.4",
         "open_clip_torch>=3.0",
         "numpy>=1.24",
-        "opencv-python-headless>=4.8",  # opencv-python would need libGL and X11 from the system
+        "opencv-python>=4.8",
         "av>=14.2",  # the first with VideoFrame.rotation
         "safetensors>=0.4.3",
         "pyyaml>=6",

@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def flag(self, name: str, *aliases: str, **options: object) -> None:
         """Add `--some_name`, which is also `--some-name`."""
-        names = [spelling for one in (name, *aliases) for spelling in dict.fromkeys((one, f"--{one[2:].replace('_', '-')}"))]
+        names = [
+            spelling for one in (name, *aliases) for spelling in dict.fromkeys((one, f"--{one[2:].replace('_', '-')}"))
+        ]
         self.add_argument(*names, dest=name[2:], **options)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
@@ -44,7 +46,7 @@ def train_command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="train.py", description="Train the model that a config describes.")
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.flag("--resume", metavar="latest|PATH", help="go on from the newest valid checkpoint of the run, or from this one")
+    parser.flag("--resume", metavar="latest|PATH", help="go on from the run's newest valid checkpoint, or this one")
     parser.flag("--plan", action="store_true", help="not there yet")
     parser.flag("--verify_resume", action="store_true", help="not there yet")
     options = parser.parse_intermixed_args(arguments)
@@ -79,7 +81,7 @@ def sample_command(arguments: Sequence[str]) -> None:
 
 
 def _sample_parser() -> Parser:
-    parser = Parser(prog="sample.py", description="Make clips from prompts. What is not given comes from the checkpoint.")
+    parser = Parser(prog="sample.py", description="Make clips from prompts; the checkpoint says what is not given.")
     parser.flag("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder; the shipped demo model by default")
     parser.flag("--prompt", action="append", metavar="TEXT", help="may be repeated; a few built-in prompts by default")
     parser.flag("--prompt_file", type=Path, metavar="FILE", help="one prompt a line")
@@ -93,10 +95,12 @@ def _sample_parser() -> Parser:
     parser.flag("--fps", type=float, metavar="N", help="frame rate of the files")
     parser.flag("--seed", type=int, default=0, metavar="N", help="of the first clip; clip i has seed + i (default 0)")
     parser.flag("--num_videos_per_prompt", type=int, default=1, metavar="N", help="clips of each prompt (default 1)")
-    parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4); does not change them")
+    parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4)")
     parser.flag("--lora_path", metavar="DIR", help="not there yet")
     parser.flag("--lora_scale", type=float, metavar="F", help="not there yet")
-    parser.flag("--output_dir", type=Path, default=Path("results/samples"), metavar="DIR", help="default results/samples")
+    parser.flag(
+        "--output_dir", type=Path, default=Path("results/samples"), metavar="DIR", help="default: results/samples"
+    )
     parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
     parser.flag("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of UNet and VAE (default fp32)")
     return parser
@@ -109,7 +113,7 @@ COMMANDS = "the commands of vdm: data synth OUT (training is train.py, sampling 
 def vdm_command(arguments: Sequence[str]) -> None:
     """`vdm` and `python -m vdm`"""
     parser = Parser(prog="vdm", description=COMMANDS)
-    parser.add_argument("command", choices=("data", *LATER), help="data; evaluate, convert and report are not there yet")
+    parser.add_argument("command", choices=("data", *LATER), help="only data is there yet")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help")
     options = parser.parse_args(arguments)
     if options.command in LATER:
@@ -142,7 +146,9 @@ def _data_command(arguments: Sequence[str]) -> None:
         fps=options.fps,
         seed=options.seed,
     )
-    print(f"wrote {options.num_clips} clips to {options.out}; train on them with data.format=ssv2 data.root={options.out}")
+    print(
+        f"wrote {options.num_clips} clips to {options.out}; train on them with data.format=ssv2 data.root={options.out}"
+    )
 
 
 def main() -> int:

@@ -54,7 +54,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read ({error}); give a UTF-8 text file, one prompt a line") from error
+        raise UserError(
+            f"prompt file {path} cannot be read ({error}); give a UTF-8 text file, one prompt a line"
+        ) from error
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")
     return prompts
@@ -80,7 +82,8 @@ def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list
     fps = defaults.sampling_fps if request.fps is None else request.fps
     if not 0 < fps <= 1000:
         raise UserError(f"--fps must be above 0 and at most 1000, got {fps}")
-    files, clips, records = [], [], []
+    files: list[Path] = []
+    clips, records = [], []
     for first in tqdm(range(0, len(jobs), request.batch_size), desc="sampling", unit="batch"):
         prompts = jobs[first : first + request.batch_size]
         seeds = [request.seed + first + i for i in range(len(prompts))]
@@ -148,7 +151,9 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); choose another --output_dir") from error
+        raise UserError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another --output_dir"
+        ) from error
 
 
 def _replace(path: Path, text: str) -> None:

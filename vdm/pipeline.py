@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def load_vae(vae: VideoVAE, path: Path) -> None:
     theirs = asdict(load(path / CONFIG).vae) | {"vae_weights": vae.config.vae_weights}
     for key, ours in asdict(vae.config).items():
         if ours != theirs[key]:
-            raise UserError(f"vae.{key} is {ours!r}, but the weights in {path} were made with {theirs[key]!r}; use that")
+            raise UserError(f"vae.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
     load_part(vae, path, "vae")
 
 
@@ -97,21 +97,21 @@ class TextToVideo:
     def from_pretrained(cls, path: str | Path | None = None) -> TextToVideo:
         """Load a checkpoint folder, on the CPU in float32; the shipped demo model where no path is given.
 
-        Of a training checkpoint the averaged weights are taken. Raises `UserError` for a folder without a valid manifest.
+        Of a training checkpoint the averaged weights are taken. Raises `UserError` where the manifest is not valid.
         """
         path = SHIPPED if path is None else Path(path)
         verify(path)
         config = load(path / CONFIG)
         # What the weights were first made from is history: all of them are in this folder.
-        blank = replace(
-            config, vae=replace(config.vae, vae_weights=None), text=replace(config.text, text_weights=None)
-        )
+        blank = replace(config, vae=replace(config.vae, vae_weights=None), text=replace(config.text, text_weights=None))
         parts = build_components(blank)
         for part, module in parts.modules().items():
             load_part(module, path, part)
         return cls(blank, parts)
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None, info: Mapping[str, object] | None = None) -> None:
+    def save_pretrained(
+        self, path: str | Path, *, dtype: torch.dtype | None = None, info: Mapping[str, object] | None = None
+    ) -> None:
         """Write a checkpoint folder that `from_pretrained` reads, its floats as `dtype` (None: as they are)."""
         parts = Components(self.unet, self.vae, self.text_encoder, self.schedule)
         weights = {part: module.state_dict() for part, module in parts.modules().items()}
@@ -162,7 +162,7 @@ class TextToVideo:
         Raises `UserError` for an empty list of prompts, impossible sizes, or counts that do not match.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given = {
+        given: dict[str, Any] = {
             "num_inference_steps": num_inference_steps, "num_frames": num_frames, "height": height, "width": width,
             "guidance_scale": guidance_scale, "eta": eta, "sampler": sampler,
         }  # fmt: skip
@@ -173,7 +173,9 @@ class TextToVideo:
         negative = options.negative_prompt if negative_prompt is None else negative_prompt
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if not prompts or len(negatives) != len(prompts):
-            raise UserError(f"got {len(prompts)} prompts and {len(negatives)} negative prompts; give at least one of each")
+            raise UserError(
+                f"got {len(prompts)} prompts and {len(negatives)} negative ones; give at least one, and as many"
+            )
 
         generators = _generators(generator, len(prompts))
         if latents is None:

@@ -284,6 +284,9 @@ def draw_stage(stage: Stage, *, height: int, width: int) -> np.ndarray:
     for stripe in range(stage.stripes):
         left = (stripe + 0.25) / stage.stripes
         _fill(pixels, rectangle(left, 0, left + 0.5 / stage.stripes, horizon), stage.wall, 0.93)
+    if stage.end is not None:
+        _fill(pixels, rectangle(-0.1, horizon + 0.07, 1.1, horizon + 0.1), stage.floor, 0.7)
+        _fill(pixels, rectangle(-0.1, horizon + 0.1, 1.1, 1.2), stage.floor)
     left = stage.end if stage.end is not None and stage.end_side < 0 else -0.1
     right = stage.end if stage.end is not None and stage.end_side > 0 else 1.1
     far_left, far_right = left + 0.06 * (left > 0), right - 0.06 * (right < 1)  # perspective

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from vdm.data.loader import ClipDataset, Cut, DataConfig, Sample
-from vdm.data.video import to_float
+from vdm.data.loader import ClipDataset, DataConfig, Sample
+from vdm.data.sources import Cut
 from vdm.errors import UserError
 
 

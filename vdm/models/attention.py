@@ -10,19 +10,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, from_tokens, to_tokens, zero_init
 
 # CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
 MAX_BATCH = 65_535
+# On a CPU the fused kernel's tiles are longer than these sequences: plain products win, and by far in the backward.
+SHORT = 128
 
 
 def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v -> (B, N, L, D), for any batch size and any strides."""
-    if q_BNLD.shape[0] <= MAX_BATCH:
-        return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
-    pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in pieces])
+    if q_BNLD.shape[0] > MAX_BATCH:
+        pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
+        return torch.cat([attend(q, k, v) for q, k, v in pieces])
+    if q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+    return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
 
 
 class SpatialSelfAttention(nn.Module):
@@ -69,7 +75,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Feed-forward with a gated hidden layer: W2 (a * gelu(g)), [a, g] = W1 x, hidden width 4*dim (arXiv 2002.05202)."""
+    """Gated feed-forward, 4*dim wide inside: W2 (a * gelu(g)) with [a, g] = W1 x (arXiv 2002.05202)."""
 
     def __init__(self, dim: int):
         super().__init__()

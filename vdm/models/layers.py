@@ -7,6 +7,7 @@ In that layout the fold to frames (B*T, C, H, W) and the tokens (B, T, H*W, C) a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -31,7 +32,7 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).flatten(2, 3)
 
 
-def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
+def from_tokens(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, T, H*W, C) -> (B, C, T, H, W) in channels_last_3d memory: the inverse of `to_tokens`, always a view."""
     return x.unflatten(2, size).permute(0, 4, 1, 2, 3)
 
@@ -109,7 +110,7 @@ class TemporalConv(nn.Conv3d):
 
 
 class Downsample(nn.Module):
-    """Halve the height and width (rounded up) with a strided 3x3 convolution. A UNet block: emb and context go unused."""
+    """Halve height and width, rounded up, by a strided 3x3 convolution. A UNet block, though it needs x alone."""
 
     def __init__(self, channels: int):
         super().__init__()

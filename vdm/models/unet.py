@@ -62,10 +62,10 @@ class UNetConfig:
             raise UserError(f"model.unet_dim={self.unet_dim} must be even (half sines, half cosines of the time step)")
         for channels in self.channels:
             if channels % self.norm_num_groups:
-                raise UserError(f"{channels} channels are not divisible by model.norm_num_groups={self.norm_num_groups}")
+                raise UserError(f"{channels} channels do not divide into model.norm_num_groups={self.norm_num_groups}")
             if channels % self.attention_head_dim:
                 raise UserError(
-                    f"{channels} channels are not divisible by model.attention_head_dim={self.attention_head_dim}"
+                    f"{channels} channels do not divide by model.attention_head_dim={self.attention_head_dim}"
                 )
         for key in ("dropout", "temporal_dropout"):
             if not 0 <= getattr(self, key) < 1:
@@ -88,7 +88,7 @@ class UNet3D(nn.Module):
         context: text (B, L, context_dim); or (k*B, L, context_dim), k texts for each video in the order of
             `torch.cat([texts_0, texts_1, ...])`: all k share what is computed before text comes in.
 
-    Returns (B or k*B, in_channels, T, h, w) in the dtype of `latents`. Raises `UserError` (a ValueError) on other shapes.
+    Returns (B or k*B, in_channels, T, h, w) in the dtype of `latents`; raises `UserError` on other shapes.
     """
 
     def __init__(self, config: UNetConfig | None = None):
@@ -131,7 +131,11 @@ class UNet3D(nn.Module):
 
     def _layer(self, in_channels: int, channels: int, attention: bool) -> UNetLayer:
         config = self.config
-        heads, head_dim, groups = channels // config.attention_head_dim, config.attention_head_dim, config.norm_num_groups
+        heads, head_dim, groups = (
+            channels // config.attention_head_dim,
+            config.attention_head_dim,
+            config.norm_num_groups,
+        )
         return UNetLayer(
             ResBlock(in_channels, channels, 4 * config.unet_dim, groups, config.dropout),
             Pass()

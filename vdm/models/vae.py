@@ -1,4 +1,4 @@
-"""VideoVAE: the KL autoencoder of latent diffusion (arXiv 2112.10752), frame by frame, with optional time in its decoder."""
+"""VideoVAE: the KL autoencoder of latent diffusion (arXiv 2112.10752) on frames, with optional time in its decoder."""
 
 from __future__ import annotations
 
@@ -165,7 +165,9 @@ class Decoder(nn.Module):
         mixed = [widths[0], *widths] if config.temporal_decoder else []
         self.time = nn.ModuleList(TimeMix(width, groups) for width in mixed)
         self.out = nn.Sequential(
-            nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU(), nn.Conv2d(channels, config.image_channels, 3, padding=1)
+            nn.GroupNorm(groups, channels, eps=1e-6),
+            nn.SiLU(),
+            nn.Conv2d(channels, config.image_channels, 3, padding=1),
         )
 
     def forward(self, z: Tensor) -> Tensor:
@@ -241,4 +243,4 @@ class VideoVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoder.layers[0].weight.dtype
+        return next(self.parameters()).dtype

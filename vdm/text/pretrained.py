@@ -26,7 +26,7 @@ def load_open_clip(encoder: TextEncoder, source: str) -> None:
     for name, tensor in wanted.items():
         if name not in state or state[name].shape != tensor.shape:
             found = tuple(state[name].shape) if name in state else "nothing"
-            raise UserError(f"{source} does not fit the text tower: {name} should be {tuple(tensor.shape)}, found {found}")
+            raise UserError(f"{source} does not fit the text tower: {name} is {found}, not {tuple(tensor.shape)}")
     encoder.tower.load_state_dict({name: state[name] for name in wanted})
 
 
@@ -41,7 +41,7 @@ def _locate(source: str) -> Path:
     try:
         return Path(open_clip.download_pretrained(config))
     except OSError as error:
-        raise UserError(f"text.text_weights: {source} could not be downloaded ({error}); give a file instead") from error
+        raise UserError(f"text.text_weights: {source} cannot be downloaded ({error}); give a file instead") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

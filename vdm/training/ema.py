@@ -19,7 +19,9 @@ class EMA:
         self.modules = modules
         self.decay = decay
         self.num_updates = 0
-        self.shadow = {part: {n: p.detach().float().clone() for n, p in m.named_parameters()} for part, m in modules.items()}
+        self.shadow = {
+            part: {n: p.detach().float().clone() for n, p in m.named_parameters()} for part, m in modules.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:

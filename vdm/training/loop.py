@@ -53,7 +53,7 @@ def _start(run_dir: Path, resume: str | None) -> Path | None:
     if resume is None:
         if checkpoint.list_checkpoints(run_dir) or (run_dir / "final").exists():
             raise UserError(
-                f"{run_dir} already holds checkpoints; add --resume latest to go on from them, or choose another run_dir"
+                f"{run_dir} already holds checkpoints; go on with --resume latest, or choose another run_dir"
             )
         return None
     if resume != "latest":
@@ -99,7 +99,9 @@ class Trainer:
                 last = self.step == settings.max_train_steps
                 if self.step % settings.log_steps == 0 or last or self.step == 1:
                     clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps
-                    log.write(self.step, {**values, "loss": float(np.mean(losses)), "videos_per_second": clips / seconds})
+                    log.write(
+                        self.step, {**values, "loss": float(np.mean(losses)), "videos_per_second": clips / seconds}
+                    )
                     seconds, losses = 0.0, []
                 self._look(log, last)
                 if self.step % settings.checkpointing_steps == 0 or last:
@@ -140,7 +142,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
         if not math.isfinite(float(totals["loss"])):
-            raise FloatingPointError(f"the loss is {float(totals['loss'])} at step {self.step + 1}; the last checkpoint stands")
+            raise FloatingPointError(
+                f"the loss is {float(totals['loss'])} at step {self.step + 1}; the last checkpoint stands"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

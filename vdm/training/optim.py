@@ -23,7 +23,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) 
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then a cosine to zero at `max_train_steps`, or constant."""
+    """Rate of step `step` (from 0): linear warm-up, then a cosine to zero at `max_train_steps`, or constant."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_scheduler == "constant":

@@ -84,9 +84,7 @@ class UNetTask(Task):
         if not self.config.data.cache_latents:
             return plain
         encode = lambda clip: self._moments(clip[None])[0].cpu()  # noqa: E731
-        return LatentDataset(
-            plain.config, split=split, seed=plain.seed, batch_size=plain.batch_size, encode=encode
-        )
+        return LatentDataset(plain.config, split=split, seed=plain.seed, batch_size=plain.batch_size, encode=encode)
 
     @torch.no_grad()
     def _moments(self, video: Tensor) -> Tensor:
@@ -120,7 +118,7 @@ class UNetTask(Task):
         return {"loss": loss.mean()}
 
     def preview(self, folder: Path, batch: Batch) -> None:
-        """Clips for the configured prompts, or for the captions of `batch`; clip i always starts from the same noise."""
+        """Clips for the configured prompts, or the captions of `batch`; clip i always starts from the same noise."""
         prompts = list(self.config.training.preview_prompts) or batch.captions
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
