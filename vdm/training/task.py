@@ -126,7 +126,7 @@ class UNetTask(Task):
 
 
 class VAETask(Task):
-    """Reconstruct frames through latents: L1 error, error of the image gradients, KL to the unit Gaussian."""
+    """Reconstruct frames through latents: error, squared error, error of the image gradients, KL to the unit Gaussian."""
 
     def trained(self) -> dict[str, nn.Module]:
         return {"vae": self.parts.vae}
@@ -139,7 +139,8 @@ class VAETask(Task):
         decoded = self.parts.vae.decode(posterior.sample(generators) if training else posterior.mode())
         error = decoded.float() - video
         edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
-        reconstruction, kl = error.abs().mean(), posterior.kl().mean()
+        # Squares too: with absolute errors alone a small bright object is left grey, like the median of its surroundings.
+        reconstruction, kl = error.abs().mean() + 4.0 * error.square().mean(), posterior.kl().mean()
         weights = self.config.training
         return {
             "loss": reconstruction + weights.edge_weight * edges + weights.kl_weight * kl,
