@@ -41,19 +41,26 @@ def build_components(config: Config) -> Components:
 
     Raises `UserError` where named weights are missing or of another shape.
     """
+    vae = build_vae(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        parts = Components(
-            UNet3D(config.model), VideoVAE(config.vae), TextEncoder(config.text), NoiseSchedule(config.diffusion)
-        )
-    if config.vae.vae_weights is not None:
-        load_vae(parts.vae, SHIPPED if config.vae.vae_weights == "shipped" else Path(config.vae.vae_weights))
+        unet, text_encoder = UNet3D(config.model), TextEncoder(config.text)
     if config.text.text_weights is not None:
-        load_open_clip(parts.text_encoder, config.text.text_weights)
-    return parts
+        load_open_clip(text_encoder, config.text.text_weights)
+    return Components(unet, vae, text_encoder, NoiseSchedule(config.diffusion))
 
 
-def load_vae(vae: VideoVAE, path: Path) -> None:
+def build_vae(config: Config) -> VideoVAE:
+    """The autoencoder alone, made as `build_components` makes it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        vae = VideoVAE(config.vae)
+    if config.vae.vae_weights is not None:
+        _load_vae(vae, SHIPPED if config.vae.vae_weights == "shipped" else Path(config.vae.vae_weights))
+    return vae
+
+
+def _load_vae(vae: VideoVAE, path: Path) -> None:
     """Fill `vae` from a checkpoint folder, whose own `vae` section must agree with the one `vae` was built from."""
     read_manifest(path)
     theirs = asdict(load(path / CONFIG).vae) | {"vae_weights": vae.config.vae_weights}
@@ -74,6 +81,23 @@ def load_part(module: nn.Module, path: Path, part: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
+
+
+def save_parts(
+    path: str | Path,
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype | None = None,
+    info: Mapping[str, object] | None = None,
+) -> None:
+    """Write a checkpoint folder without trainer state; of a text tower trained here, only the tokens it saw."""
+    weights = {part: module.state_dict() for part, module in modules.items()}
+    if "text" in weights:
+        weights["text"] = pack_vocabulary(weights["text"])
+    for part, state in weights.items():
+        weights[part] = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    save_checkpoint(path, config_yaml=to_yaml(config), weights=weights, info=dict(info or {}))
 
 
 @dataclass(frozen=True)
@@ -109,17 +133,10 @@ class TextToVideo:
             load_part(module, path, part)
         return cls(blank, parts)
 
-    def save_pretrained(
-        self, path: str | Path, *, dtype: torch.dtype | None = None, info: Mapping[str, object] | None = None
-    ) -> None:
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder that `from_pretrained` reads, its floats as `dtype` (None: as they are)."""
         parts = Components(self.unet, self.vae, self.text_encoder, self.schedule)
-        weights = {part: module.state_dict() for part, module in parts.modules().items()}
-        weights["text"] = pack_vocabulary(weights["text"])
-        for state in weights.values():
-            for name, tensor in state.items():
-                state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        save_checkpoint(path, config_yaml=to_yaml(self.config), weights=weights, info=dict(info or {}))
+        save_parts(path, self.config, parts.modules(), dtype=dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextToVideo:
         """Move all parts; `dtype` is that of the UNet and the VAE, while text and noise stay in float32."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import os
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -209,6 +211,39 @@ def test_an_mp4_that_ends_before_its_first_frame(tmp_path):
     (tmp_path / "head.mp4").write_bytes(whole[: whole.index(b"mdat") + 4])
     with pytest.raises(UnreadableClip, match=r"head\.mp4 cannot be read"):
         read_clip(tmp_path / "head.mp4", fps=8, num_frames=4)
+
+
+def test_a_file_whose_frames_are_all_damaged(tmp_path):
+    write_video(tmp_path / "whole.mp4", moving_picture(8), fps=8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    start = whole.index(b"mdat") + 4
+    (tmp_path / "zeros.mp4").write_bytes(whole[:start] + bytes(len(whole) - start))
+    with pytest.raises(UnreadableClip, match=r"zeros\.mp4 cannot be read: invalid data"):
+        read_clip(tmp_path / "zeros.mp4", fps=8, num_frames=4)
+
+
+def test_a_disk_error_while_listing_leaves_the_frames_before_it(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", grey_steps(12), fps=8)
+    opened = video._opened
+
+    class Failing:
+        def __init__(self, container) -> None:
+            self.container = container
+
+        def demux(self, stream):
+            yield from itertools.islice(self.container.demux(stream), 6)
+            raise av.error.OSError(5, "Input/output error")
+
+        def decode(self, stream):
+            return self.container.decode(stream)
+
+    @contextmanager
+    def failing(path):
+        with opened(path) as (container, stream):
+            yield Failing(container), stream
+
+    monkeypatch.setattr(video, "_opened", failing)
+    assert numbers(read_clip(tmp_path / "clip.mp4", fps=8, num_frames=4, start=0)) == [0, 1, 2, 3]
 
 
 def test_a_missing_file_and_a_file_without_pictures(tmp_path):

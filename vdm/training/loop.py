@@ -15,7 +15,7 @@ from vdm import checkpoint
 from vdm.config import Config, to_yaml
 from vdm.data.loader import BadClips, Batch, batches
 from vdm.errors import UserError
-from vdm.pipeline import TextToVideo, build_components, load_part
+from vdm.pipeline import load_part, save_parts
 from vdm.training.ema import EMA
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import checkpoint_activations
@@ -36,7 +36,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with checkpoint.RunLock(run_dir):
         start = _start(run_dir, resume)
-        task = build_task(config, build_components(config), device)
+        task = build_task(config, device)
         trainer = Trainer(config, task, run_dir)
         if start is not None:
             trainer.restore(start)
@@ -79,7 +79,8 @@ class Trainer:
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
         self.bad = BadClips(self.clips)
         if self.settings.gradient_checkpointing:
-            checkpoint_activations(task.parts.unet)
+            for module in self.trained.values():
+                checkpoint_activations(module)
 
     def run(self) -> Path:
         """Train to `max_train_steps`; returns the folder of the finished model."""
@@ -187,7 +188,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs."""
-        weights = {part: module.state_dict() for part, module in self.task.parts.modules().items()}
+        weights = {part: module.state_dict() for part, module in self.task.modules.items()}
         weights |= {f"{part}.ema": self.ema.state_dict(part) for part in self.trained}
         checkpoint.save_checkpoint(
             self.run_dir / f"checkpoint-{self.step}",
@@ -224,6 +225,5 @@ class Trainer:
         """Write the finished model, with the averaged weights, to `final`."""
         final = self.run_dir / "final"
         with self.ema.applied():
-            model = TextToVideo(self.task.finished(), self.task.parts)
-            model.save_pretrained(final, info={"step": self.step, "task": self.settings.task})
+            save_parts(final, self.config, self.task.modules, info={"step": self.step, "task": self.settings.task})
         return final

@@ -22,7 +22,7 @@ from vdm.data.video import contact_sheet, to_uint8, write_video
 from vdm.diffusion import ddpm_loss
 from vdm.errors import UserError
 from vdm.models.vae import LatentDistribution
-from vdm.pipeline import Components, TextToVideo
+from vdm.pipeline import TextToVideo, build_components, build_vae
 
 Split = Literal["train", "validation"]
 NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed
@@ -37,19 +37,22 @@ def clip_generator(seed: int, position: int, purpose: int) -> torch.Generator:
 class Task(ABC):
     """One kind of training, on the parts of one model."""
 
-    def __init__(self, config: Config, parts: Components, device: torch.device):
+    def __init__(self, config: Config, device: torch.device):
         self.config = config
-        self.parts = parts
         self.device = device
-        for module in parts.modules().values():
+        self.modules = self.build()
+        for module in self.modules.values():
             module.to(device).eval().requires_grad_(False)
-        parts.schedule.to(device)
         for module in self.trained().values():
             module.requires_grad_(True)
 
     @abstractmethod
+    def build(self) -> dict[str, nn.Module]:
+        """Make all parts with weights, under their names in a checkpoint."""
+
+    @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
-        """The parts that learn, under their names in a checkpoint."""
+        """Those of `modules` that learn."""
 
     def dataset(self, split: Split) -> ClipDataset:
         """The stream of clips of a split; a batch is all clips of one optimizer step."""
@@ -65,19 +68,18 @@ class Task(ABC):
     def preview(self, folder: Path, batch: Batch) -> None:
         """Write what the model does now as clips and a contact sheet; `batch` holds validation clips."""
 
-    def finished(self) -> Config:
-        """The config of the finished model: what training measured is filled in."""
-        return self.config
-
 
 class UNetTask(Task):
     """Denoise the latents of captioned clips with a frozen VAE, the text tower learning along where it may."""
 
+    def build(self) -> dict[str, nn.Module]:
+        self.parts = build_components(self.config)
+        self.parts.schedule.to(self.device)
+        return self.parts.modules()
+
     def trained(self) -> dict[str, nn.Module]:
-        parts: dict[str, nn.Module] = {"unet": self.parts.unet}
-        if self.config.text.text_trainable:
-            parts["text"] = self.parts.text_encoder
-        return parts
+        names = ("unet", "text") if self.config.text.text_trainable else ("unet",)
+        return {name: self.modules[name] for name in names}
 
     def dataset(self, split: Split) -> ClipDataset:
         plain = super().dataset(split)
@@ -126,20 +128,24 @@ class UNetTask(Task):
 
 
 class VAETask(Task):
-    """Reconstruct frames through latents: error, squared error, error of the image gradients, KL to the unit Gaussian."""
+    """Reconstruct frames through latents: error, its square, error of the image gradients, KL to the unit Gaussian."""
+
+    def build(self) -> dict[str, nn.Module]:
+        self.vae = build_vae(self.config)
+        return {"vae": self.vae}
 
     def trained(self) -> dict[str, nn.Module]:
-        return {"vae": self.parts.vae}
+        return self.modules
 
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
         """In validation the mean latent is decoded; in training a draw from the posterior."""
         video = batch.video.to(self.device)
-        posterior = self.parts.vae.encode(video)
+        posterior = self.vae.encode(video)
         generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
-        decoded = self.parts.vae.decode(posterior.sample(generators) if training else posterior.mode())
+        decoded = self.vae.decode(posterior.sample(generators) if training else posterior.mode())
         error = decoded.float() - video
         edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
-        # Squares too: with absolute errors alone a small bright object is left grey, like the median of its surroundings.
+        # Squares too: with absolute errors alone a small bright object stays as grey as what surrounds it.
         reconstruction, kl = error.abs().mean() + 4.0 * error.square().mean(), posterior.kl().mean()
         weights = self.config.training
         return {
@@ -147,14 +153,14 @@ class VAETask(Task):
             "reconstruction": reconstruction,
             "kl": kl,
             "psnr": 10.0 * torch.log10(4.0 / error.square().mean()),  # values span 2
-            "latent_std": (posterior.mode() / self.parts.vae.config.scaling_factor).std(),
+            "latent_std": posterior.mean.std(),
         }
 
     @torch.no_grad()
     def preview(self, folder: Path, batch: Batch) -> None:
         """Every validation clip above its reconstruction."""
         video = batch.video.to(self.device)
-        decoded = self.parts.vae.decode(self.parts.vae.encode(video).mode())
+        decoded = self.vae.decode(self.vae.encode(video).mode())
         pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
         names = [name for caption in batch.captions for name in (caption, "reconstructed")]
         _write_preview(folder, pairs, names, self.config.data.fps)
@@ -172,8 +178,8 @@ def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: fl
 TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask}
 
 
-def build_task(config: Config, parts: Components, device: torch.device) -> Task:
+def build_task(config: Config, device: torch.device) -> Task:
     """The task that `training.task` names. Raises `UserError` where the device cannot do the precision asked for."""
     if config.training.mixed_precision == "fp16" and device.type != "cuda":
         raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
-    return TASKS[config.training.task](config, parts, device)
+    return TASKS[config.training.task](config, device)
