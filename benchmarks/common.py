@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
@@ -11,14 +10,10 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 
 import vdm
 from vdm.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -32,30 +27,28 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Device, versions, commit, command and date, as JSON values."""
-    gpu = device.type == "cuda"
-    versions = {"torch": torch.__version__, "vdm": vdm.__version__, "numpy": np.__version__, "opencv": cv2.__version__}
+    """Device, versions, commit (None without git; with a + where files differ), command and date, as JSON values."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else f"{platform.processor() or platform.machine()} CPU",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **versions, "cuda": torch.version.cuda if gpu else None},
-        "commit": _commit(),
+        "versions": {"vdm": vdm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit,
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _commit() -> str | None:
-    """The commit of the checkout, with a + where files differ from it; None where there is no git."""
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def wilson(right: int, clips: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    z2 = 1.96**2
+    middle, half = right + z2 / 2, 1.96 * (right * (clips - right) / clips + z2 / 4) ** 0.5
+    return (middle - half) / (clips + z2), (middle + half) / (clips + z2)
 
 
 def write_json(path: Path, record: dict[str, object]) -> None:

@@ -1,19 +1,22 @@
 """Does the model do what the prompt says? Direction and colour, judged by pixels alone: `python benchmarks/demo.py`.
 
-Prompts are mini-something's own captions with colours and shapes drawn anew, the same number for each action. A clip is
-judged by where its pixels of the prompted colour are: the largest patch of them in every frame, compared between the
-first and the last third of the frames (medians). RULES is all there is to it, fixed on rendered clips before any model
-was judged. What the hand does is not looked at: pushing and pulling, or moving down and putting, count alike.
-`--real` judges rendered clips instead, which is the ceiling; "chance" is what the same clips score when the labels are
-shuffled. `--gauge` takes seconds: how much worse the opposite caption explains a clip at high noise.
+Prompts are mini-something's own captions with colours and shapes drawn anew, equally many for each action. A clip is
+judged by the largest patch of the prompted colour in every frame: medians over the first third of the frames against
+the last third, by RULES, which were fixed on rendered clips before any model was judged. The hand is not looked at:
+pushing and pulling count alike, as do moving down and putting. `--real` judges rendered clips, the ceiling; "chance" is
+what the same clips would score with other labels. `--gauge` takes seconds: by how much the reversed caption explains
+noisy clips worse than the right one.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import environment, pick_device, sha256, write_json
+from benchmarks.common import environment, pick_device, wilson, write_json
 from vdm.checkpoint import CONFIG, MANIFEST, verify
 from vdm.cli import Parser, run
 from vdm.config import load
@@ -36,25 +39,20 @@ from vdm.pipeline import SHIPPED, TextToVideo
 from vdm.vocabulary import ACTIONS, BACKGROUND_MAX_SATURATION, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
 
 BATCH = 8
-TEMPLATES = {action.name: action.template for action in ACTIONS}
-REVERSED = {  # by a caption that says exactly the opposite
-    "push_left_to_right": "push_right_to_left",
-    "pull_left_to_right": "pull_right_to_left",
-    "move_towards_camera": "move_away_from_camera",
-    "move_closer": "move_apart",
-}
-REVERSED |= {second: first for first, second in REVERSED.items()}
-OPPOSITE = REVERSED | {"pick_up": "move_down", "move_down": "pick_up", "put_on_surface": "pick_up"}
 GAUGED_AT = (0.8, 0.97, 1.0)  # of the noise schedule
-
-# A pixel counts down to less saturation than a rendered object has: autoencoders blur, and models are pale at first.
+# A pixel needs less saturation than a rendered object has: autoencoders blur, and young models are pale.
 MIN_SATURATION, MIN_VALUE, HUE_MARGIN = 110, 60, 2
 MIN_AREA = 0.003  # of the frame; a smaller patch is no object
 STEP = 0.12  # of the frame's width or height: the least that counts as a motion
 
+TEMPLATES = {action.name: action.template for action in ACTIONS}
+LATERAL = ("push_left_to_right", "push_right_to_left", "pull_left_to_right", "pull_right_to_left")
+REVERSIBLE = (*LATERAL, "move_towards_camera", "move_away_from_camera", "move_closer", "move_apart")  # in pairs
+REVERSED = {name: REVERSIBLE[i ^ 1] for i, name in enumerate(REVERSIBLE)}
+OPPOSITE = {**REVERSED, "pick_up": "move_down", "move_down": "pick_up", "put_on_surface": "pick_up"}
 
-@dataclass(frozen=True)
-class Prompt:
+
+class Prompt(NamedTuple):
     """What is asked for, and what to look for."""
 
     text: str
@@ -62,31 +60,28 @@ class Prompt:
     colours: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Track:
+class Track(NamedTuple):
     """The largest patch of one colour in every frame."""
 
     at: np.ndarray  # (T,2) x and y of its median pixel in fractions of the frame, NaN where there is none
-    area: np.ndarray  # (T,) of it, in fractions of the frame
-    total: np.ndarray  # (T,) of all pixels of the colour
+    area: np.ndarray  # (T,) in fractions of the frame
     masks: np.ndarray  # (T,H,W) bool
 
 
-@dataclass(frozen=True)
-class Motion:
-    """What became of the prompted object, from the first to the last third; NaN where that cannot be said."""
+class Motion(NamedTuple):
+    """What became of the prompted object from the first to the last third; NaN where that cannot be said."""
 
     right: float  # in widths
     up: float  # in heights
     growth: float  # of its area, as a factor
     peak: float  # how far above its start it ever was
-    wander: float  # the farthest it ever was from its middle place
-    gone: bool  # not there any more at the very end; then it has no `right`, `up` and `growth`
+    wander: float  # the farthest it ever was from its middle place, along one axis
+    gone: bool  # no longer there at the very end: then it has no `right`, `up` and `growth`
     travel: float  # sideways, while it was seen
     sunk: float  # below its start when it was last seen
     whitened: float  # share of the place where it was that is white at the end
     closing: float  # by how much the two objects came closer
-    turned: float  # how much more its end looks like its start turned by 180 degrees than like its start
+    turned: float  # by how much its end looks more like its start turned by 180 degrees than like its start
 
 
 def _sideways(m: Motion, sign: int) -> bool:
@@ -116,31 +111,24 @@ RULES: dict[str, Callable[[Motion], bool]] = {
     "hold": lambda m: m.wander < 0.06 and 1 / 1.4 < m.growth < 1.4,
 }
 
-# --- seeing ---
-
-
-def to_hsv(frames: np.ndarray) -> np.ndarray:
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV) for frame in frames])
-
 
 def follow(hsv: np.ndarray, colour: str) -> Track:
     """Find one colour of the vocabulary in a clip, uint8 (T,H,W,3) in OpenCV's HSV."""
     hue, vivid = hsv[..., 0].astype(int), (hsv[..., 1] >= MIN_SATURATION) & (hsv[..., 2] >= MIN_VALUE)
     near = [(hue >= low - HUE_MARGIN) & (hue <= high + HUE_MARGIN) for low, high in COLOURS[colour].hues]
     masks = np.any(near, axis=0) & vivid
-    total = masks.mean(axis=(1, 2))
     at = np.full((len(hsv), 2), np.nan)
     for t, mask in enumerate(masks):
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-        masks[t] = labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA]) if count > 1 else False
+        patches, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        masks[t] = labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA]) if patches > 1 else False
         if masks[t].mean() >= MIN_AREA:
             rows, columns = np.nonzero(masks[t])
             at[t] = (np.median(columns) + 0.5) / mask.shape[1], (np.median(rows) + 0.5) / mask.shape[0]
-    return Track(at, masks.mean(axis=(1, 2)), total, masks)
+    return Track(at, masks.mean(axis=(1, 2)), masks)
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """Over the frames in which something is seen; NaN if there is none."""
+    """Over the frames (first axis) that have a value; NaN if none has."""
     seen = values[~np.isnan(values).reshape(len(values), -1).any(axis=1)]
     return np.median(seen, axis=0) if len(seen) else np.full(values.shape[1:], np.nan)
 
@@ -155,7 +143,7 @@ def measure(hsv: np.ndarray, tracks: dict[str, Track], colours: Sequence[str]) -
     start, size = _median(track.at[:third]), np.median(track.area[:third])
     gone = bool(np.median(track.area[-eighth:]) < 0.15 * size)
     end = np.full(2, np.nan) if gone else _median(track.at[-third:])
-    lifts = start[1] - np.array([_median(track.at[max(0, t - 1) : t + 2, 1]) for t in range(length)])
+    smooth = np.array([_median(track.at[max(0, t - 1) : t + 2, 1]) for t in range(length)])
     place, final = track.masks[:third].mean(axis=0) > 0.5, hsv[-eighth:]
     white = (final[..., 1] <= BACKGROUND_MAX_SATURATION) & (final[..., 2] >= 190)
     gaps = np.linalg.norm(track.at - tracks[colours[-1]].at, axis=1)
@@ -163,118 +151,214 @@ def measure(hsv: np.ndarray, tracks: dict[str, Track], colours: Sequence[str]) -
         right=float(end[0] - start[0]),
         up=float(start[1] - end[1]),
         growth=float("nan") if gone else float(np.median(track.area[-third:]) / size),
-        peak=float(np.nanmax(lifts)),
+        peak=float(start[1] - np.nanmin(smooth)),
         wander=float(np.nanmax(np.abs(track.at - _median(track.at)))),
         gone=gone,
         travel=float(np.ptp(track.at[seen, 0])),
         sunk=float(track.at[seen[-1], 1] - start[1]),
         whitened=float(white[:, place].mean()) if place.any() else 0.0,
         closing=float(_median(gaps[:third]) - _median(gaps[-third:])) if len(colours) > 1 else float("nan"),
-        turned=_turned(hsv[..., 2], track, eighth),
+        turned=_turned(hsv[seen[[0, -1]], :, :, 2], track.masks[seen[[0, -1]]]),
     )
 
 
-def _turned(value: np.ndarray, track: Track, count: int) -> float:
-    """Correlate the object, cut out and scaled to one size, of the first `count` frames with that of the last."""
-
-    def look(frames: range) -> np.ndarray | None:
-        cuts = []
-        for t in frames:
-            if track.area[t] >= MIN_AREA:
-                x, y, width, height = cv2.boundingRect(track.masks[t].astype(np.uint8))
-                cut = np.where(track.masks[t], value[t], 0)[y : y + height, x : x + width].astype(np.float32)
-                cuts.append(cv2.resize(cut, (24, 24), interpolation=cv2.INTER_AREA))
-        return np.mean(cuts, axis=0) if cuts else None
-
-    first, last = look(range(count)), look(range(len(value) - count, len(value)))
-    if first is None or last is None:
-        return float("nan")
-    upright, turned = (np.corrcoef(one.ravel(), last.ravel())[0, 1] for one in (first, first[::-1, ::-1]))
+def _turned(value: np.ndarray, masks: np.ndarray) -> float:
+    """Correlate the object's brightness in the last of two frames, (2,H,W), with that in the first, at one size."""
+    looks = []
+    for brightness, mask in zip(value.astype(np.float32), masks, strict=True):
+        x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+        cut = (brightness * mask)[y : y + height, x : x + width]
+        looks.append(cv2.resize(cut, (24, 24), interpolation=cv2.INTER_AREA))
+    turned, upright = (np.corrcoef(first.ravel(), looks[1].ravel())[0, 1] for first in (looks[0][::-1, ::-1], looks[0]))
     return float(turned - upright)
 
 
 def dominant(tracks: dict[str, Track], colours: Sequence[str], *, part: float = 1.0) -> bool:
-    """Whether each of `colours` covers more than any other and is an object, in half of the first `part` of the frames."""
-    frames = slice(max(1, round(len(next(iter(tracks.values())).total) * part)))
-    least = np.min([tracks[colour].total[frames] for colour in colours], axis=0)
-    others = np.max([track.total[frames] for colour, track in tracks.items() if colour not in colours], axis=0)
+    """Whether, in half of the first `part` of the frames, each of `colours` is an object and outweighs all others."""
+    frames = slice(max(1, round(len(tracks[colours[0]].area) * part)))
+    least = np.min([tracks[colour].area[frames] for colour in colours], axis=0)
+    others = np.max([track.area[frames] for colour, track in tracks.items() if colour not in colours], axis=0)
     return bool(np.mean((least > others) & (least >= MIN_AREA)) >= 0.5)
 
 
-# --- judging ---
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one clip shows: every action whose rule holds, and every colour that dominates alone."""
+class Verdict(NamedTuple):
+    """What one clip shows."""
 
     prompt: Prompt
-    shown: tuple[str, ...]
-    colour: bool
-    dominant: tuple[str, ...]
-    motion: Motion | None
-
-    @property
-    def right(self) -> bool:
-        return self.prompt.action in self.shown
-
-    @property
-    def opposite(self) -> bool:
-        return not self.right and OPPOSITE.get(self.prompt.action) in self.shown
+    shown: tuple[str, ...]  # every action whose rule holds
+    right: bool  # whether the prompted one is among them
+    colour: bool  # whether the prompted colours dominate
+    dominant: tuple[str, ...]  # every colour that dominates alone
 
 
 def judge(frames: np.ndarray, prompt: Prompt) -> Verdict:
     """Judge one clip, uint8 (T,H,W,3) RGB."""
-    hsv = to_hsv(frames)
+    hsv = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV) for frame in frames])
     tracks = {colour: follow(hsv, colour) for colour in COLOURS}
     motion = measure(hsv, tracks, prompt.colours)
     shown = tuple(name for name, rule in RULES.items() if motion is not None and rule(motion))
-    part = 1 / 3 if prompt.action == "cover" else 1.0  # then it is hidden
+    part = 1 / 3 if prompt.action == "cover" else 1.0  # later it is hidden
     alone = tuple(colour for colour in COLOURS if dominant(tracks, [colour], part=part))
-    return Verdict(prompt, shown, dominant(tracks, prompt.colours, part=part), alone, motion)
+    return Verdict(prompt, shown, prompt.action in shown, dominant(tracks, prompt.colours, part=part), alone)
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    z2 = 1.96**2
-    middle = (right + z2 / 2) / (count + z2)
-    half = 1.96 * (right * (count - right) / count + z2 / 4) ** 0.5 / (count + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _score(hits: Sequence[bool], chances: Sequence[float]) -> dict[str, object]:
-    right, count = sum(hits), len(hits)
-    return {
-        "value": right / count, "ci95": wilson(right, count), "right": right, "clips": count,
-        "chance": float(np.mean(chances)),
-    }  # fmt: skip
+def _score(hits: Sequence[bool], candidates: Sequence[Sequence[str]], scored: Collection[str]) -> dict[str, object]:
+    right, clips = sum(hits), len(hits)
+    chance = sum(name in shown for shown in candidates for name in scored) / (clips * len(scored))
+    return {"value": right / clips, "ci95": wilson(right, clips), "right": right, "clips": clips, "chance": chance}
 
 
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, object]:
-    """Scores with intervals and chance, and what was shown for each prompted action.
+    """Scores with intervals and chance, and how many clips of each prompted action showed what.
 
-    Chance is exact: the mean over all labels that a clip could be given, of the actions or colours that are scored.
+    Chance is exact: how many of the actions (or of the single colours) that are scored a clip would pass, on average.
     """
-    directional = [verdict for verdict in verdicts if verdict.prompt.action in OPPOSITE]
-    by_action = {name: [v for v in verdicts if v.prompt.action == name] for name in RULES}
+    directional = [v for v in verdicts if v.prompt.action in OPPOSITE]
+    table: dict[str, object] = {}
+    for name in RULES:
+        some = [v for v in verdicts if v.prompt.action == name]
+        shown = {rule: sum(rule in v.shown for v in some) for rule in RULES}
+        hints = {"right": shown[name], "opposite": shown.get(OPPOSITE.get(name, ""), 0), "still": shown["hold"]}
+        table[name] = {"clips": len(some), **hints, "colour": sum(v.colour for v in some), "shown": shown}
     return {
-        "direction": _score([v.right for v in directional], [_share(v.shown, OPPOSITE) for v in directional]),
-        "action": _score([v.right for v in verdicts], [_share(v.shown, RULES) for v in verdicts]),
-        "colour": _score([v.colour for v in verdicts], [len(v.dominant) / len(COLOURS) for v in verdicts]),
-        "actions": {
-            name: {
-                "clips": len(some),
-                "right": sum(v.right for v in some),
-                "opposite": sum(v.opposite for v in some),
-                "still": sum("hold" in v.shown for v in some),
-                "lost": sum(v.motion is None for v in some),
-                "colour": sum(v.colour for v in some),
-                "shown": {shown: sum(shown in v.shown for v in some) for shown in RULES},
-            }
-            for name, some in by_action.items()
-        },
+        "direction": _score([v.right for v in directional], [v.shown for v in directional], OPPOSITE),
+        "action": _score([v.right for v in verdicts], [v.shown for v in verdicts], RULES),
+        "colour": _score([v.colour for v in verdicts], [v.dominant for v in verdicts], COLOURS),
+        "actions": table,
     }
 
 
-def _share(shown: Sequence[str], actions: Sequence[str] | dict[str, object]) -> float:
-    return sum(name in shown for name in actions) / len(actions)
+def draw_prompts(clips_per_action: int, *, seed: int) -> list[Prompt]:
+    """Captions such as mini-something writes."""
+    rng, prompts = np.random.default_rng(seed), []
+    for action in ACTIONS * clips_per_action:
+        shapes = rng.choice(SHAPES_WITH_A_TOP if action.name == "turn_upside_down" else SHAPES, size=2)
+        colours = tuple(str(colour) for colour in rng.choice(list(COLOURS), size=2, replace=False))
+        named = 1 if action.name == "cover" else action.num_slots
+        fillers = [f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=True)][:named]
+        text = caption(action.template, fillers + [COVER] * (action.num_slots - named))
+        prompts.append(Prompt(text, action.name, colours[:named]))
+    return prompts
+
+
+def rendered(first: int, *, actions: Collection[str], seed: int, data: DataConfig) -> Iterator[Rendered]:
+    """Clips of these actions, from index `first` on, as a config cuts them."""
+    size = {"height": data.height, "width": data.width, "num_frames": data.max_frames}
+    chosen = (index for index in count(first) if compose(index, seed=seed).action.name in actions)
+    return (render_clip(index, seed=seed, fps=data.fps, masks=False, **size) for index in chosen)
+
+
+def judge_real(clips_per_action: int, *, seed: int, data: DataConfig) -> list[Verdict]:
+    """Verdicts on rendered clips that are in no training or validation set."""
+    streams = (rendered(2 * VALIDATION_OFFSET, actions=[name], seed=seed, data=data) for name in RULES)
+    clips = (clip for stream in streams for clip in islice(stream, clips_per_action))
+    return [judge(clip.frames, Prompt(clip.label, clip.action, clip.colours)) for clip in clips]
+
+
+def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> list[Verdict]:
+    """Verdicts on the model's clips, as long as those it was trained on; clip i starts from the noise of seed + i."""
+    prompts, verdicts = draw_prompts(options.clips_per_action, seed=options.seed), []
+    for first in tqdm(range(0, len(prompts), BATCH), desc="sampling", unit="batch", leave=False):
+        some = prompts[first : first + BATCH]
+        video = pipe(
+            [prompt.text for prompt in some],
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            num_frames=pipe.config.data.max_frames,
+            generator=[torch.Generator().manual_seed(options.seed + first + i) for i in range(len(some))],
+        ).frames
+        clips = (np.asarray(video) * 255).round().astype(np.uint8)
+        verdicts += [judge(clip, prompt) for clip, prompt in zip(clips, some, strict=True)]
+    return verdicts
+
+
+@torch.no_grad()
+def gauge(pipe: TextToVideo, num_clips: int) -> list[dict[str, Any]]:
+    """The error of clips predicted under their caption, and the gap to that under the reversed one, at each GAUGED_AT.
+
+    Mean squared errors of latents, over validation clips whose action has an exact reverse: the `lateral` ones, where
+    that is the same words in another order, and the others. A gap comes with its standard error.
+    """
+    stream = rendered(VALIDATION_OFFSET, actions=REVERSED, seed=pipe.config.seed, data=pipe.config.data)
+    clips, last = list(islice(stream, num_clips)), pipe.schedule.config.num_train_timesteps - 1
+    errors = np.zeros((len(GAUGED_AT), num_clips, 2))  # right, reversed
+    for i, clip in enumerate(tqdm(clips, desc="gauging", unit="clip", leave=False)):
+        z = pipe.vae.encode(to_float(clip.frames)[None].to(pipe.device)).mode()
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(i)).to(pipe.device)
+        context = pipe.text_encoder([clip.label, caption(TEMPLATES[REVERSED[clip.action]], clip.placeholders)])
+        for row, level in enumerate(GAUGED_AT):
+            t = torch.tensor([round(level * last)], device=pipe.device)
+            x_t = pipe.schedule.add_noise(z, noise, t)
+            x0, _ = pipe.schedule.predictions(pipe.unet(x_t, t, context).float(), x_t, t)
+            errors[row, i] = (x0 - z).square().flatten(1).mean(1).cpu()
+    lateral = np.array([clip.action in LATERAL for clip in clips])
+    rows = []
+    for name, some in (("lateral", lateral), ("other", ~lateral)):
+        for level, pairs in zip(GAUGED_AT, errors[:, some], strict=True):
+            gaps = pairs[:, 1] - pairs[:, 0]
+            mean, spread = float(gaps.mean()), float(gaps.std(ddof=1) / len(gaps) ** 0.5)
+            rows.append(
+                {"captions": name, "t": level, "error": float(pairs[:, 0].mean()), "gap": mean, "spread": spread}
+            )
+    return rows
+
+
+def _print(record: dict[str, Any]) -> None:
+    for row in record.get("gauge", ()):
+        print("{captions:<8} t {t:.2f}  error {error:.5f}  gap {gap:+.5f} +- {spread:.5f}".format(**row))
+    if "scores" not in record:
+        return
+    columns = ("clips", "right", "opposite", "still", "colour")
+    print(f"{'prompted action':<24}" + "".join(f"{column:>10}" for column in columns))
+    for name, row in record["scores"]["actions"].items():
+        print(f"{name:<24}" + "".join(f"{row[column]:>10}" for column in columns))
+    for name in ("direction", "action", "colour"):
+        score = record["scores"][name]
+        low, high = score["ci95"]
+        value = f"{name:<10}{score['value']:7.1%}  [{low:.1%}, {high:.1%}]"
+        print(f"{value}  {score['right']} of {score['clips']}, chance {score['chance']:.1%}")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="benchmarks/demo.py", description="Does the model follow the direction and colour of prompts?")
+    parser.flag("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder; the shipped demo model by default")
+    parser.flag("--clips_per_action", type=int, default=10, metavar="N", help="of each of the 16 actions (default 10)")
+    parser.flag("--steps", "--num_inference_steps", type=int, default=50, metavar="N", help="of denoising (default 50)")
+    parser.flag("--guidance_scale", type=float, metavar="F", help="that of the checkpoint by default")
+    parser.flag("--seed", type=int, default=0, metavar="N", help="of the prompts and the noise (default 0)")
+    parser.flag("--json", type=Path, metavar="FILE", help="write all numbers, and what they were measured with")
+    parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
+    parser.flag("--real", action="store_true", help="judge rendered clips instead of the model's: the ceiling")
+    parser.flag("--gauge", type=int, nargs="?", const=32, metavar="N", help="only the caption gap, on N clips (or 32)")
+    return parser
+
+
+def demo_command(arguments: Sequence[str]) -> None:
+    """`benchmarks/demo.py`"""
+    options = _parser().parse_args(arguments)
+    if options.real and options.gauge is not None:
+        raise UserError("give --real or --gauge, not both")
+    for name, least in (("clips_per_action", 1), ("gauge", 16), ("seed", 0)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    device, folder, data = pick_device(options.device), options.checkpoint or SHIPPED, DataConfig(height=64, width=64)
+    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
+    record: dict[str, Any] = {"environment": environment(device), "settings": settings}
+    if not options.real or options.checkpoint is not None:
+        verify(folder)
+        data = load(folder / CONFIG).data
+        record["checkpoint"] = str(folder)
+        record["manifest_sha256"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    if options.real:
+        record["scores"] = summarise(judge_real(options.clips_per_action, seed=options.seed, data=data))
+    elif options.gauge is not None:
+        record["gauge"] = gauge(TextToVideo.from_pretrained(folder).to(device), options.gauge)
+    else:
+        record["scores"] = summarise(judge_generated(TextToVideo.from_pretrained(folder).to(device), options))
+    _print(record)
+    if options.json is not None:
+        write_json(options.json, record)
+
+
+if __name__ == "__main__":
+    sys.exit(run(demo_command))

@@ -1,6 +1,7 @@
 """The only border between files and pixels: PyAV reads every clip and writes every mp4.
 
-Frames are uint8 (T,H,W,3) RGB, as shown: rotation metadata is applied, the pixel aspect ratio is not.
+Frames are uint8 (T,H,W,3) RGB, as shown: rotation metadata is applied, the pixel aspect ratio is not. PyAV keeps
+libav's own messages off stderr; what matters of them reaches the user in one sentence of ours.
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ from vdm.data.clips import frame_indices
 from vdm.errors import UserError
 
 Frames = npt.NDArray[np.uint8]  # (T, H, W, 3) RGB
-
-# libav reports each damaged block on stderr by itself; what matters of that reaches the user in one sentence of ours.
-av.logging.set_level(av.logging.PANIC)
 
 BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
 ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)

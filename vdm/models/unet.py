@@ -153,7 +153,8 @@ class UNet3D(nn.Module):
             raise UserError(f"{latents.shape[2]} frames exceed model.max_num_frames={config.max_num_frames}")
         if timesteps.shape != latents.shape[:1]:
             raise UserError(f"timesteps must be ({latents.shape[0]},), got {tuple(timesteps.shape)}")
-        if context.dim() != 3 or context.shape[2] != config.context_dim or context.shape[0] % latents.shape[0]:
+        fits = context.dim() == 3 and context.shape[2] == config.context_dim and 0 not in context.shape
+        if not fits or context.shape[0] % latents.shape[0]:
             raise UserError(
                 f"context must be (k*{latents.shape[0]}, L, {config.context_dim}), got {tuple(context.shape)}"
             )

@@ -51,14 +51,14 @@ class VAEConfig:
 
 
 class ResBlock2D(nn.Module):
-    """GN-SiLU-Conv3x3 twice, residual, on frames (N, C, H, W); eps 1e-6."""
+    """GN-SiLU-Conv3x3 twice, residual that starts at zero, on frames (N, C, H, W); eps 1e-6."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.shortcut: nn.Module = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -74,7 +74,7 @@ class AttentionBlock2D(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = nn.Linear(channels, channels)
+        self.to_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, H*W, C)
@@ -202,6 +202,8 @@ class LatentDistribution:
         if generator is None or isinstance(generator, torch.Generator):
             noise = torch.randn(shape, generator=generator)
         else:
+            if len(generator) != shape[0]:
+                raise UserError(f"give each clip its generator: got {len(generator)} generators for {shape[0]} clips")
             noise = torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
         return (self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)) * self.scale
 
@@ -230,7 +232,7 @@ class VideoVAE(nn.Module):
             raise UserError(f"video must be (B, {config.image_channels}, T, H, W), got {tuple(video.shape)}")
         if video.shape[3] % config.factor or video.shape[4] % config.factor:
             raise UserError(f"height and width must be divisible by {config.factor}, got {tuple(video.shape[3:])}")
-        frames = fold_frames(video).contiguous(memory_format=torch.channels_last)
+        frames = fold_frames(video.contiguous(memory_format=torch.channels_last_3d))
         moments = self.encoder(frames.to(self.dtype)).to(video.dtype)
         return LatentDistribution(unfold_frames(moments, video.shape[2]), config.scaling_factor)
 

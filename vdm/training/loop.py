@@ -98,13 +98,12 @@ class Trainer:
                 losses.append(values["loss"])
                 log.advance(values["loss"])
                 last = self.step == settings.max_train_steps
-                if self.step % settings.log_steps == 0 or last or self.step == 1:
+                held_out = self._look(log, last)
+                if self.step % settings.log_steps == 0 or last or self.step == 1 or held_out:
                     clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps
-                    log.write(
-                        self.step, {**values, "loss": float(np.mean(losses)), "videos_per_second": clips / seconds}
-                    )
+                    values |= {"loss": float(np.mean(losses)), "videos_per_second": clips / seconds}
+                    log.write(self.step, values | held_out)
                     seconds, losses = 0.0, []
-                self._look(log, last)
                 if self.step % settings.checkpointing_steps == 0 or last:
                     self.save()
             final = self.finish()
@@ -158,23 +157,24 @@ class Trainer:
         with torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.task.losses(batch, training=training)
 
-    def _look(self, log: RunLog, last: bool) -> None:
-        """Validate and preview with the averaged weights, when it is time."""
+    def _look(self, log: RunLog, last: bool) -> dict[str, float]:
+        """Validate and preview with the averaged weights, when it is time; returns the validation losses, if any."""
         settings = self.settings
         every = settings.validation_steps
         preview_every = settings.preview_steps or every
         validates = bool(every) and (self.step % every == 0 or last)
         previews = bool(preview_every) and (self.step % preview_every == 0 or last)
+        values: dict[str, float] = {}
         if not (validates or previews):
-            return
+            return values
         with self.ema.applied():
             if validates:
                 values = self.validate()
-                log.write(self.step, values)
                 log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
             if previews:
                 first = next(batches(self.held_out, batch_size=min(8, len(self.held_out))))
                 self.task.preview(self.run_dir / "samples" / f"step-{self.step:06d}", first)
+        return values
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -205,9 +205,13 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises `UserError` where it belongs to another model or kind of training."""
-        info = checkpoint.verify(path).info
+        manifest = checkpoint.verify(path)
+        info = manifest.info
         if info.get("task") != self.settings.task:
             raise UserError(f"{path} is of a run with training.task={info.get('task')}, not {self.settings.task}")
+        learned = {part.removesuffix(".ema") for part in manifest.parts if part.endswith(".ema")}
+        if learned and learned != set(self.trained):
+            raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; set text.text_trainable so")
         state = checkpoint.load_trainer_state(path)
         for part, module in self.trained.items():
             try:
@@ -215,7 +219,9 @@ class Trainer:
             except RuntimeError as error:
                 reason = str(error).splitlines()[1].strip()
                 raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The moments are the checkpoint's; weight decay and the like are what this run's config says.
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
         self.scaler.load_state_dict(state["scaler"])
         averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
         self.ema.load(averages, num_updates=state["ema_updates"])

@@ -37,6 +37,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
 
     kl_weight: float = 1e-6  # task "vae": weight of the KL term beside the reconstruction error
+    colour_weight: float = 0.0  # task "vae": weight of the error of the colour alone, without its grey
     edge_weight: float = 0.0  # task "vae": weight of the error of the image gradients, which keeps edges sharp
 
     log_steps: int = 10
@@ -51,7 +52,7 @@ class TrainingConfig:
             self._require(name, at_least=1)
         for name in ("max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints"):
             self._require(name, at_least=1)
-        for name in ("warmup_steps", "validation_steps", "preview_steps", "weight_decay", "kl_weight", "edge_weight"):
+        for name in ("warmup_steps", "validation_steps", "preview_steps", "weight_decay", "kl_weight", "colour_weight", "edge_weight"):
             self._require(name, at_least=0)
         for name in ("learning_rate", "epsilon", "max_grad_norm"):
             self._require(name, above=0)

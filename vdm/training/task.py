@@ -128,7 +128,11 @@ class UNetTask(Task):
 
 
 class VAETask(Task):
-    """Reconstruct frames through latents: error, its square, error of the image gradients, KL to the unit Gaussian."""
+    """Reconstruct frames through latents: L1 and squared error, squared error of the colour alone (what is left when the
+    grey of a pixel is taken away), L1 error of the image gradients, KL to the unit Gaussian.
+
+    Colour needs a term of its own: small bright objects hardly count among all pixels, and are grey for long without it.
+    """
 
     def build(self) -> dict[str, nn.Module]:
         self.vae = build_vae(self.config)
@@ -145,11 +149,14 @@ class VAETask(Task):
         decoded = self.vae.decode(posterior.sample(generators) if training else posterior.mode())
         error = decoded.float() - video
         edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
-        # Squares too: with absolute errors alone a small bright object stays as grey as what surrounds it.
+        colour = error - error.mean(dim=1, keepdim=True)
         reconstruction, kl = error.abs().mean() + 4.0 * error.square().mean(), posterior.kl().mean()
         weights = self.config.training
         return {
-            "loss": reconstruction + weights.edge_weight * edges + weights.kl_weight * kl,
+            "loss": reconstruction
+            + weights.colour_weight * colour.square().mean()
+            + weights.edge_weight * edges
+            + weights.kl_weight * kl,
             "reconstruction": reconstruction,
             "kl": kl,
             "psnr": 10.0 * torch.log10(4.0 / error.square().mean()),  # values span 2

@@ -1,0 +1,305 @@
+"""Prompt -> video: what comes in, what comes out, and what is kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vdm import TextToVideo
+from vdm.checkpoint import read_manifest, save_checkpoint
+from vdm.config import Config, load, to_yaml
+from vdm.diffusion import initial_noise
+from vdm.errors import UserError
+from vdm.pipeline import build_components, build_vae, load_part, save_parts
+from vdm.text.encoder import TOKEN_TABLE
+
+TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
+PROMPTS = ["pushing a red ball", "holding a blue cup"]
+
+
+def tiny(*overrides: str) -> Config:
+    return load(TINY, overrides)
+
+
+def make(*overrides: str) -> TextToVideo:
+    """A model whose every layer does something: zero-initialised ones are stirred too."""
+    config = tiny(*overrides)
+    pipe = TextToVideo(config, build_components(config))
+    stir = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (*pipe.unet.parameters(), *pipe.text_encoder.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=stir)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToVideo:
+    return make()
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def latents_of(pipe: TextToVideo, prompt: str | Sequence[str] = PROMPTS[0], **options: object) -> Tensor:
+    options.setdefault("generator", seeds(*range(1 if isinstance(prompt, str) else len(prompt))))
+    frames = pipe(prompt, output_type="latent", **options).frames  # type: ignore[arg-type]
+    assert isinstance(frames, Tensor)
+    return frames
+
+
+def assert_same_weights(left: nn.Module, right: nn.Module) -> None:
+    ours, theirs = left.state_dict(), right.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_same_model(left: TextToVideo, right: TextToVideo) -> None:
+    assert_same_weights(left.unet, right.unet)
+    assert_same_weights(left.vae, right.vae)
+    assert_same_weights(left.text_encoder, right.text_encoder)
+
+
+# ---- to disk and back
+
+
+def test_save_and_load_keeps_every_bit(pipe: TextToVideo, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    again = TextToVideo.from_pretrained(tmp_path / "model")
+    assert_same_model(pipe, again)
+    assert again.config == pipe.config
+    assert torch.equal(latents_of(pipe), latents_of(again))
+
+
+def test_a_part_alone_can_be_saved(pipe: TextToVideo, tmp_path: Path) -> None:
+    save_parts(tmp_path / "vae", pipe.config, {"vae": pipe.vae}, info={"step": 3})
+    manifest = read_manifest(tmp_path / "vae")
+    assert (manifest.parts, manifest.info) == (["vae"], {"step": 3})
+    with pytest.raises(UserError, match="holds no weights of unet, only of vae"):
+        TextToVideo.from_pretrained(tmp_path / "vae")
+
+
+def test_half_precision_on_disk_is_close(pipe: TextToVideo, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    again = TextToVideo.from_pretrained(str(tmp_path / "model"))
+    for name, tensor in pipe.unet.state_dict().items():
+        stored = again.unet.state_dict()[name]
+        assert stored.dtype == torch.float32
+        assert torch.equal(stored, tensor.half().float())
+    assert next(pipe.unet.parameters()).dtype == torch.float32, "saving does not change the model"
+    ours, theirs = (np.asarray(one(PROMPTS[0], generator=seeds(0)).frames) for one in (pipe, again))
+    assert np.abs(ours - theirs).max() < 0.02
+    assert not np.array_equal(ours, theirs)
+
+
+def test_tokens_that_training_saw_are_kept_and_the_others_share_one_row(tmp_path: Path) -> None:
+    pipe = make()
+    pipe.text_encoder.train()
+    pipe.text_encoder(PROMPTS)
+    pipe.text_encoder.eval()
+    pipe.save_pretrained(tmp_path / "model")
+    again = TextToVideo.from_pretrained(tmp_path / "model")
+    seen = pipe.text_encoder.seen_tokens
+    assert 5 < int(seen.sum()) < 20
+    assert torch.equal(again.text_encoder.seen_tokens, seen)
+    ours, theirs = pipe.text_encoder.state_dict()[TOKEN_TABLE], again.text_encoder.state_dict()[TOKEN_TABLE]
+    assert torch.equal(theirs[seen], ours[seen])
+    assert torch.allclose(theirs[~seen], ours[seen].mean(0).expand_as(theirs[~seen]), atol=1e-6)
+    assert torch.equal(pipe.text_encoder(PROMPTS), again.text_encoder(PROMPTS))
+    assert (tmp_path / "model" / "text.safetensors").stat().st_size < 100_000
+
+
+def test_averaged_weights_are_the_ones_that_are_loaded(pipe: TextToVideo, tmp_path: Path) -> None:
+    parts = {"unet": pipe.unet, "vae": pipe.vae, "text": pipe.text_encoder}
+    weights = {part: module.state_dict() for part, module in parts.items()}
+    weights["unet.ema"] = {name: tensor + 1.0 for name, tensor in pipe.unet.state_dict().items()}
+    save_checkpoint(tmp_path / "model", config_yaml=to_yaml(pipe.config), weights=weights, info={})
+    again = TextToVideo.from_pretrained(tmp_path / "model")
+    for average, own in zip(again.unet.parameters(), pipe.unet.parameters(), strict=True):
+        assert torch.equal(average, own + 1.0)
+    assert_same_weights(again.vae, pipe.vae)
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no manifest.json"):
+        TextToVideo.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        TextToVideo.from_pretrained(tmp_path / "nowhere")
+
+
+def test_what_the_weights_were_made_from_need_not_be_there(tmp_path: Path) -> None:
+    """A run on someone's VAE moves to another machine with its `final` alone."""
+    make().save_pretrained(tmp_path / "vae")
+    model = make(f"vae.vae_weights={tmp_path / 'vae'}")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "vae").rename(tmp_path / "gone")
+    assert_same_model(TextToVideo.from_pretrained(tmp_path / "model"), model)
+
+
+# ---- what comes out
+
+
+def test_shapes_and_ranges_of_the_output_types(pipe: TextToVideo) -> None:
+    clips = {
+        kind: pipe(PROMPTS, num_frames=3, height=16, width=24, generator=seeds(0, 1), output_type=kind).frames  # type: ignore[arg-type]
+        for kind in ("np", "pt", "latent")
+    }
+    frames, tensor, latent = clips["np"], clips["pt"], clips["latent"]
+    assert isinstance(frames, np.ndarray) and isinstance(tensor, Tensor) and isinstance(latent, Tensor)
+    assert frames.shape == (2, 3, 16, 24, 3) and frames.dtype == np.float32
+    assert tensor.shape == (2, 3, 3, 16, 24)
+    assert latent.shape == (2, 4, 3, 4, 6)
+    assert 0.0 <= frames.min() < frames.max() <= 1.0
+    assert np.array_equal(frames, tensor.permute(0, 1, 3, 4, 2).numpy())
+    with torch.no_grad():
+        decoded = ((pipe.vae.decode(latent) + 1) / 2).clamp(0, 1)
+    assert torch.allclose(decoded.transpose(1, 2), tensor, atol=1e-5)
+
+
+def test_defaults_come_from_the_config(pipe: TextToVideo) -> None:
+    spelled_out = latents_of(
+        pipe, num_inference_steps=2, num_frames=4, height=16, width=16, guidance_scale=2.0, eta=0.0, sampler="ddim"
+    )
+    assert torch.equal(latents_of(pipe), spelled_out)
+    assert not torch.equal(latents_of(pipe, num_inference_steps=3), spelled_out)
+
+
+def test_a_clip_does_not_depend_on_its_neighbours(pipe: TextToVideo) -> None:
+    together = latents_of(pipe, PROMPTS, generator=seeds(5, 6), negative_prompt=["dark", "bright"])
+    for i in range(2):
+        alone = latents_of(pipe, PROMPTS[i], generator=seeds(5 + i), negative_prompt=["dark", "bright"][i])
+        assert torch.allclose(together[i], alone[0], atol=1e-4)
+
+
+def test_one_generator_serves_all_clips_in_turn(pipe: TextToVideo) -> None:
+    first, second = seeds(3)[0], seeds(3)[0]
+    noise = initial_noise((4, 4, 4, 4), [first, first])
+    assert not torch.equal(noise[0], noise[1])
+    from_one = latents_of(pipe, PROMPTS, generator=second)
+    assert torch.allclose(from_one, latents_of(pipe, PROMPTS, latents=noise), atol=1e-5)
+    assert torch.equal(latents_of(pipe, generator=seeds(3)[0]), latents_of(pipe, generator=seeds(3)))
+
+
+def test_without_a_generator_every_call_differs(pipe: TextToVideo) -> None:
+    before = torch.get_rng_state()
+    assert not torch.equal(latents_of(pipe, generator=None), latents_of(pipe, generator=None))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"eta": 1.0}], ids=["ddpm", "eta 1"])
+def test_random_samplers_draw_from_the_clips_own_generator(pipe: TextToVideo, options: dict[str, object]) -> None:
+    drawn = latents_of(pipe, PROMPTS, generator=seeds(1, 2), num_inference_steps=3, **options)
+    again = latents_of(pipe, PROMPTS, generator=seeds(1, 2), num_inference_steps=3, **options)
+    assert torch.equal(drawn, again)
+    alone = latents_of(pipe, PROMPTS[1], generator=seeds(2), num_inference_steps=3, **options)
+    assert torch.allclose(alone[0], drawn[1], atol=1e-4)
+    assert not torch.allclose(drawn, latents_of(pipe, PROMPTS, generator=seeds(1, 2), num_inference_steps=3), atol=1e-2)
+
+
+def test_guidance_weighs_prompt_against_negative_prompt(pipe: TextToVideo) -> None:
+    ball, cup = PROMPTS
+    conditional = latents_of(pipe, ball, guidance_scale=1.0)
+    assert torch.equal(latents_of(pipe, ball, guidance_scale=1.0, negative_prompt=cup), conditional)
+    assert not torch.allclose(latents_of(pipe, cup, guidance_scale=1.0), conditional, atol=1e-3)
+
+    unconditional = latents_of(pipe, ball, guidance_scale=0.0, negative_prompt=cup)
+    assert torch.equal(latents_of(pipe, "another", guidance_scale=0.0, negative_prompt=cup), unconditional)
+    assert torch.allclose(latents_of(pipe, cup, guidance_scale=1.0), unconditional, atol=1e-5)
+
+    guided = latents_of(pipe, ball, guidance_scale=3.0)
+    assert torch.equal(latents_of(pipe, ball, guidance_scale=3.0, negative_prompt=""), guided)
+    assert not torch.allclose(latents_of(pipe, ball, guidance_scale=3.0, negative_prompt=cup), guided, atol=1e-3)
+    assert not torch.allclose(conditional, guided, atol=1e-3)
+
+
+def test_lower_precision_inside_float32_outside(tmp_path: Path) -> None:
+    pipe = make()
+    exact = pipe(PROMPTS[0], generator=seeds(0)).frames
+    low = pipe.to("cpu", torch.bfloat16)(PROMPTS[0], generator=seeds(0)).frames
+    assert isinstance(low, np.ndarray) and isinstance(exact, np.ndarray)
+    assert {p.dtype for p in pipe.unet.parameters()} == {p.dtype for p in pipe.vae.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.float32}
+    assert low.dtype == np.float32
+    assert 0.0 < np.abs(low - exact).mean() < 0.02
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "sentence"),
+    [
+        ([], {}, "0 prompts"),
+        (PROMPTS, {"negative_prompt": ["one"]}, "2 prompts and 1 negative"),
+        (PROMPTS, {"generator": seeds(0)}, "1 generators for 2 prompts"),
+        ("ball", {"latents": torch.zeros(1, 4, 4, 4, 5)}, r"latents must be \(1, 4, 4, 4, 4\), got \(1, 4, 4, 4, 5\)"),
+        ("ball", {"output_type": "gif"}, "np, pt or latent"),
+        ("ball", {"height": 18}, "height=18 is not divisible by 4"),
+        ("ball", {"width": 30}, "width=30 is not divisible by 4"),
+        ("ball", {"num_frames": 9}, "max_num_frames=8"),
+        ("ball", {"num_frames": 0}, "num_frames is 0"),
+        ("ball", {"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ("ball", {"sampler": "dpmpp"}, "ddim, ddpm"),
+        ("ball", {"eta": 1.5}, "eta is 1.5"),
+    ],
+)
+def test_impossible_wishes_are_one_sentence(
+    pipe: TextToVideo, prompt: str | list[str], options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        pipe(prompt, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+# ---- building
+
+
+def test_the_seed_alone_decides_the_first_weights() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one = build_components(tiny())
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    torch.manual_seed(99)
+    same, other = build_components(tiny()), build_components(tiny("seed=1"))
+    for part, module in one.modules().items():
+        assert_same_weights(module, same.modules()[part])
+        changed = zip(module.parameters(), other.modules()[part].parameters(), strict=True)
+        assert any(not torch.equal(ours, theirs) for ours, theirs in changed), part
+
+
+def test_vae_weights_are_taken_over(tmp_path: Path) -> None:
+    donor = make("seed=7")
+    donor.save_pretrained(tmp_path / "donor")
+    parts = build_components(tiny(f"vae.vae_weights={tmp_path / 'donor'}"))
+    assert_same_weights(parts.vae, donor.vae)
+    assert_same_weights(parts.unet, build_components(tiny()).unet)  # only the VAE is taken over
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("vae.scaling_factor=0.5", r"vae.scaling_factor is 0.5, but .* with 1.0"),
+        ("vae.vae_channels=[8, 8, 16]", r"vae.vae_channels is \(8, 8, 16\), but .* \(8, 8, 8\)"),
+        ("vae.temporal_decoder=true", "vae.temporal_decoder is True"),
+    ],
+)
+def test_vae_weights_of_another_shape_are_refused(tmp_path: Path, override: str, sentence: str) -> None:
+    make().save_pretrained(tmp_path / "donor")
+    with pytest.raises(UserError, match=sentence):
+        build_components(tiny(f"vae.vae_weights={tmp_path / 'donor'}", override))
+    with pytest.raises(UserError, match="does not exist"):
+        build_vae(tiny(f"vae.vae_weights={tmp_path / 'nowhere'}"))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "donor")
+    wider = build_components(tiny("model.channel_mult=[1, 3]"))
+    with pytest.raises(UserError, match="the unet weights in .* do not fit this config: ") as caught:
+        load_part(wider.unet, tmp_path / "donor", "unet")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,250 @@
+"""What one step computes: which parts learn, and that a clip's loss is a function of seed and position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from vdm.config import Config, load
+from vdm.data.latents import LatentDataset
+from vdm.data.loader import Batch, batches
+from vdm.data.video import read_clip
+from vdm.errors import UserError
+from vdm.training.task import NOISE, POSTERIOR, Task, UNetTask, VAETask, build_task, clip_generator
+
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"
+CPU = torch.device("cpu")
+
+
+def tiny(*overrides: str) -> Config:
+    return load(TINY, overrides)
+
+
+def unet_task(*overrides: str) -> UNetTask:
+    task = build_task(tiny(*overrides), CPU)
+    assert isinstance(task, UNetTask)
+    stir = torch.Generator().manual_seed(1)  # zero-initialised layers would hide the text and the frames
+    with torch.no_grad():
+        for module in task.trained().values():
+            for parameter in module.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=stir)
+    return task
+
+
+def vae_task(*overrides: str) -> VAETask:
+    task = build_task(tiny("training.task=vae", *overrides), CPU)
+    assert isinstance(task, VAETask)
+    return task
+
+
+def batch_of(task: Task, *positions: int) -> Batch:
+    """The clips at these positions, in this order."""
+    stream = task.dataset("train")
+    samples = [stream[position] for position in positions]
+    return Batch(
+        video=torch.stack([sample["video"] for sample in samples]),
+        captions=[sample["caption"] for sample in samples],
+        ids=[sample["id"] for sample in samples],
+        indices=[sample["index"] for sample in samples],
+        positions=[sample["position"] for sample in samples],
+        bad=[],
+    )
+
+
+@torch.no_grad()
+def loss(task: Task, batch: Batch, *, training: bool = True) -> float:
+    return float(task.losses(batch, training=training)["loss"])
+
+
+# ---- random draws
+
+
+def test_every_clip_and_purpose_has_its_own_stream() -> None:
+    keys = [(seed, position, purpose) for seed in (0, 1) for position in (0, 1, 2**40) for purpose in (NOISE, POSTERIOR)]
+    draws = [tuple(torch.randn(4, generator=clip_generator(*key)).tolist()) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws == [tuple(torch.randn(4, generator=clip_generator(*key)).tolist()) for key in keys]
+
+
+@pytest.mark.parametrize("make", [unet_task, vae_task])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_clips_loss_depends_on_seed_and_position_alone(make: Callable[..., Task], training: bool) -> None:
+    task = make("training.caption_dropout=0.5")
+    positions = (0, 1, 5, 18)
+    torch.manual_seed(0)
+    together = loss(task, batch_of(task, *positions), training=training)
+    torch.manual_seed(1)
+    assert loss(task, batch_of(task, *positions), training=training) == together
+    alone = [loss(task, batch_of(task, position), training=training) for position in positions]
+    assert sum(alone) / 4 == pytest.approx(together, rel=1e-5)
+    assert loss(task, batch_of(task, *positions[::-1]), training=training) == pytest.approx(together, rel=1e-5)
+    assert len(set(alone)) == 4
+
+
+def test_another_seed_or_epoch_draws_other_noise() -> None:
+    task = unet_task()
+    batch = batch_of(task, 3)
+    later = replace(batch, positions=[batch.positions[0] + 16])  # the same clip one epoch later
+    other = unet_task()
+    other.config = replace(other.config, seed=1)
+    assert len({loss(task, batch), loss(task, later), loss(other, batch)}) == 3
+
+
+def test_validation_draws_are_not_those_of_training() -> None:
+    task = unet_task("training.caption_dropout=0")
+    batch = batch_of(task, 0, 1)
+    assert loss(task, batch, training=True) != loss(task, batch, training=False)
+
+
+# ---- the UNet's task
+
+
+def test_the_unet_and_a_trainable_text_tower_learn() -> None:
+    joint, alone = unet_task(), unet_task("text.text_trainable=false")
+    assert set(joint.trained()) == {"unet", "text"}
+    assert set(alone.trained()) == {"unet"}
+    for task in (joint, alone):
+        task.losses(batch_of(task, 0, 1), training=True)["loss"].backward()
+        for part, module in task.modules.items():
+            learns = part in task.trained()
+            assert all(p.requires_grad is learns for p in module.parameters())
+            assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters()) is learns, part
+
+
+def test_every_parameter_of_the_unet_gets_a_gradient() -> None:
+    task = unet_task("model.attention_levels=[true, true]")
+    task.losses(batch_of(task, 0, 1), training=True)["loss"].backward()
+    idle = [name for name, p in task.parts.unet.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not idle
+
+
+def test_caption_dropout_takes_its_share_of_the_captions() -> None:
+    captions: list[str] = []
+    task = unet_task("training.caption_dropout=0.25")
+    encode = task.parts.text_encoder.forward
+    task.parts.text_encoder.forward = lambda prompts: (captions.extend(prompts), encode(prompts))[1]  # type: ignore[method-assign]
+    batch = batch_of(task, *range(4))
+    for first in range(0, 400, 4):
+        loss(task, replace(batch, positions=list(range(first, first + 4))))
+    assert 60 < captions.count("") < 140  # 100 expected, standard deviation 8.7
+    assert set(captions) - {""} == set(batch.captions)
+    captions.clear()
+    loss(task, batch, training=False)
+    assert captions == batch.captions, "validation keeps them all"
+
+
+@pytest.mark.parametrize(("share", "depends"), [(0, True), (1, False)])
+def test_without_captions_the_loss_does_not_depend_on_them(share: int, depends: bool) -> None:
+    task = unet_task(f"training.caption_dropout={share}")
+    batch = batch_of(task, 0, 1)
+    others = replace(batch, captions=["something else", "entirely"])
+    assert (loss(task, batch) != loss(task, others)) is depends
+    assert loss(task, batch, training=False) != loss(task, others, training=False)
+
+
+def test_cached_latents_give_the_same_loss() -> None:
+    """Up to the half precision that they are kept in; mini-something cuts nothing away."""
+    plain, cached = unet_task(), unet_task("data.cache_latents=true")
+    assert isinstance(cached.dataset("train"), LatentDataset) and not isinstance(plain.dataset("train"), LatentDataset)
+    batch = batch_of(cached, 0, 1, 2)
+    assert batch.video.shape == (3, 8, 4, 4, 4)
+    assert loss(cached, batch) == pytest.approx(loss(plain, batch_of(plain, 0, 1, 2)), rel=1e-3)
+    assert not batch.video.requires_grad
+
+
+def test_latents_are_drawn_from_the_posterior() -> None:
+    task = unet_task()
+    batch = batch_of(task, 0)
+    with torch.no_grad():
+        posterior = task.parts.vae.encode(batch.video)
+        drawn = posterior.sample([clip_generator(0, 0, POSTERIOR)])
+        assert torch.equal(task._latents(batch), drawn)
+        assert not torch.allclose(drawn, posterior.mode())
+
+
+def test_the_preview_shows_the_configured_prompts(tmp_path: Path) -> None:
+    task = unet_task("training.preview_prompts=[a red ball, a blue cup]")
+    batch = next(batches(task.dataset("validation"), batch_size=3))
+    task.preview(tmp_path / "one", batch)
+    task.preview(tmp_path / "two", batch)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"00.mp4", "01.mp4", "contact_sheet.png"}
+    assert read_clip(tmp_path / "one" / "01.mp4", fps=8.0, num_frames=4, start=0.0).shape == (4, 16, 16, 3)
+    for name in ("00.mp4", "contact_sheet.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    task.config = replace(task.config, training=replace(task.config.training, preview_prompts=()))
+    task.preview(tmp_path / "captions", batch)
+    assert len(list((tmp_path / "captions").glob("*.mp4"))) == 3
+
+
+# ---- the autoencoder's task
+
+
+def test_the_autoencoder_alone_is_built_and_learns() -> None:
+    task = vae_task()
+    assert set(task.modules) == set(task.trained()) == {"vae"}
+    assert all(p.requires_grad for p in task.vae.parameters())
+    unet = unet_task()
+    for ours, theirs in zip(task.vae.parameters(), unet.parts.vae.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "the same first weights as in a whole model"
+
+
+def test_the_autoencoders_losses_fit_together() -> None:
+    losses = {}
+    for kl_weight, edge_weight in ((0, 0), (0.5, 0), (0, 0.5)):
+        task = vae_task(f"training.kl_weight={kl_weight}", f"training.edge_weight={edge_weight}")
+        with torch.no_grad():
+            values = {name: float(value) for name, value in task.losses(batch_of(task, 0, 1), training=True).items()}
+        assert all(torch.isfinite(torch.tensor(value)) for value in values.values())
+        losses[kl_weight, edge_weight] = values
+    bare, with_kl, with_edges = losses.values()
+    assert bare["loss"] == pytest.approx(bare["reconstruction"])
+    assert with_kl["loss"] == pytest.approx(bare["loss"] + 0.5 * bare["kl"], rel=1e-5)
+    assert with_edges["loss"] > bare["loss"]
+    assert bare["kl"] > 0.0 and bare["latent_std"] > 0.0
+
+
+def test_psnr_is_that_of_the_decoded_mode() -> None:
+    task = vae_task()
+    batch = batch_of(task, 0, 1)
+    with torch.no_grad():
+        decoded = task.vae.decode(task.vae.encode(batch.video).mode())
+        value = float(task.losses(batch, training=False)["psnr"])
+    error = (decoded - batch.video).square().mean() / 4  # on pixels in [0,1]
+    assert value == pytest.approx(float(-10 * torch.log10(error)), rel=1e-5)
+
+
+def test_the_autoencoder_learns() -> None:
+    task = vae_task()
+    batch = batch_of(task, 0, 1, 2, 3)
+    optimizer = torch.optim.Adam(task.vae.parameters(), lr=5e-3)
+    first = loss(task, batch)
+    for _ in range(20):
+        optimizer.zero_grad()
+        task.losses(batch, training=True)["loss"].backward()
+        optimizer.step()
+    assert loss(task, batch) < 0.7 * first
+
+
+def test_the_autoencoders_preview_shows_clips_beside_reconstructions(tmp_path: Path) -> None:
+    task = vae_task()
+    batch = next(batches(task.dataset("validation"), batch_size=3))
+    task.preview(tmp_path, batch)
+    assert len(list(tmp_path.glob("*.mp4"))) == 6
+    sheet = cv2.imread(str(tmp_path / "contact_sheet.png"))
+    assert sheet is not None and sheet.shape[0] > 6 * 16
+    shown = torch.from_numpy(read_clip(tmp_path / "00.mp4", fps=8.0, num_frames=4, start=0.0)).permute(3, 0, 1, 2)
+    assert (shown / 127.5 - 1.0 - batch.video[0]).abs().mean() < 0.1, "the first is the clip itself"
+
+
+# ---- what is refused
+
+
+def test_fp16_needs_a_gpu() -> None:
+    for task in ("unet", "vae"):
+        with pytest.raises(UserError, match="fp16 needs a CUDA device"):
+            build_task(tiny("training.mixed_precision=fp16", f"training.task={task}"), CPU)
