@@ -4,8 +4,7 @@ Prompts are mini-something's own captions with colours and shapes drawn anew, eq
 judged by the largest patch of the prompted colour in every frame: medians over the first third of the frames against
 the last third, by RULES, which were fixed on rendered clips before any model was judged. The hand is not looked at:
 pushing and pulling count alike, as do moving down and putting. `--real` judges rendered clips, the ceiling; "chance" is
-what the same clips would score with other labels. `--gauge` takes seconds: by how much the reversed caption explains
-noisy clips worse than the right one.
+what the same clips would score with other labels. `--gauge`: by how much a reversed caption explains noisy clips worse.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ BATCH = 8
 GAUGED_AT = (0.8, 0.97, 1.0)  # of the noise schedule
 # A pixel needs less saturation than a rendered object has: autoencoders blur, and young models are pale.
 MIN_SATURATION, MIN_VALUE, HUE_MARGIN = 110, 60, 2
-MIN_AREA = 0.003  # of the frame; a smaller patch is no object
+AREAS = 0.003, 0.4  # of the frame; a smaller or larger patch is no object
 STEP = 0.12  # of the frame's width or height: the least that counts as a motion
 
 TEMPLATES = {action.name: action.template for action in ACTIONS}
@@ -53,18 +52,16 @@ OPPOSITE = {**REVERSED, "pick_up": "move_down", "move_down": "pick_up", "put_on_
 
 
 class Prompt(NamedTuple):
-    """What is asked for, and what to look for."""
-
     text: str
     action: str
     colours: tuple[str, ...]
 
 
 class Track(NamedTuple):
-    """The largest patch of one colour in every frame."""
+    """The largest patch of one colour in every frame, where it has the size of an object."""
 
-    at: np.ndarray  # (T,2) x and y of its median pixel in fractions of the frame, NaN where there is none
-    area: np.ndarray  # (T,) in fractions of the frame
+    at: np.ndarray  # (T,2) x and y of its median pixel in fractions of the frame, else NaN
+    area: np.ndarray  # (T,) in fractions of the frame, 0 where there is none
     masks: np.ndarray  # (T,H,W) bool
 
 
@@ -84,22 +81,18 @@ class Motion(NamedTuple):
     turned: float  # by how much its end looks more like its start turned by 180 degrees than like its start
 
 
-def _sideways(m: Motion, sign: int) -> bool:
-    return sign * m.right >= STEP and abs(m.right) > abs(m.up)
-
-
-def _upwards(m: Motion, sign: int) -> bool:
-    return sign * m.up >= STEP and abs(m.up) > abs(m.right) and 0.42 < m.growth < 2.4
+def _moved(m: Motion, along: float, across: float) -> bool:
+    return along >= STEP and along > abs(across) and 0.42 < m.growth < 2.4
 
 
 RULES: dict[str, Callable[[Motion], bool]] = {
-    "push_left_to_right": lambda m: _sideways(m, 1),
-    "push_right_to_left": lambda m: _sideways(m, -1),
-    "pull_left_to_right": lambda m: _sideways(m, 1),
-    "pull_right_to_left": lambda m: _sideways(m, -1),
-    "pick_up": lambda m: _upwards(m, 1),
-    "move_down": lambda m: _upwards(m, -1),
-    "put_on_surface": lambda m: _upwards(m, -1),
+    "push_left_to_right": lambda m: _moved(m, m.right, m.up),
+    "push_right_to_left": lambda m: _moved(m, -m.right, m.up),
+    "pull_left_to_right": lambda m: _moved(m, m.right, m.up),
+    "pull_right_to_left": lambda m: _moved(m, -m.right, m.up),
+    "pick_up": lambda m: _moved(m, m.up, m.right),
+    "move_down": lambda m: _moved(m, -m.up, m.right),
+    "put_on_surface": lambda m: _moved(m, -m.up, m.right),
     "move_towards_camera": lambda m: m.growth >= 1.6,
     "move_away_from_camera": lambda m: m.growth <= 1 / 1.6,
     "turn_upside_down": lambda m: m.turned >= 0.1 and max(abs(m.right), abs(m.up)) < STEP,
@@ -119,9 +112,10 @@ def follow(hsv: np.ndarray, colour: str) -> Track:
     masks = np.any(near, axis=0) & vivid
     at = np.full((len(hsv), 2), np.nan)
     for t, mask in enumerate(masks):
-        patches, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-        masks[t] = labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA]) if patches > 1 else False
-        if masks[t].mean() >= MIN_AREA:
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        patches = stats[1:, cv2.CC_STAT_AREA] / mask.size  # 0 is the background
+        masks[t] = labels == 1 + np.argmax(patches) if len(patches) and AREAS[0] <= max(patches) <= AREAS[1] else False
+        if masks[t].any():
             rows, columns = np.nonzero(masks[t])
             at[t] = (np.median(columns) + 0.5) / mask.shape[1], (np.median(rows) + 0.5) / mask.shape[0]
     return Track(at, masks.mean(axis=(1, 2)), masks)
@@ -137,8 +131,8 @@ def measure(hsv: np.ndarray, tracks: dict[str, Track], colours: Sequence[str]) -
     """The motion of the object of the first colour; None where the clip does not start with such an object."""
     track, length = tracks[colours[0]], len(hsv)
     third, eighth = max(1, round(length / 3)), max(1, length // 8)
-    seen = np.flatnonzero(track.area >= MIN_AREA)
-    if np.mean(track.area[:third] >= MIN_AREA) < 0.5:
+    seen = np.flatnonzero(track.area)
+    if np.mean(track.area[:third] > 0) < 0.5:
         return None
     start, size = _median(track.at[:third]), np.median(track.area[:third])
     gone = bool(np.median(track.area[-eighth:]) < 0.15 * size)
@@ -166,9 +160,8 @@ def _turned(value: np.ndarray, masks: np.ndarray) -> float:
     """Correlate the object's brightness in the last of two frames, (2,H,W), with that in the first, at one size."""
     looks = []
     for brightness, mask in zip(value.astype(np.float32), masks, strict=True):
-        x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-        cut = (brightness * mask)[y : y + height, x : x + width]
-        looks.append(cv2.resize(cut, (24, 24), interpolation=cv2.INTER_AREA))
+        x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+        looks.append(cv2.resize((brightness * mask)[y : y + h, x : x + w], (24, 24), interpolation=cv2.INTER_AREA))
     turned, upright = (np.corrcoef(first.ravel(), looks[1].ravel())[0, 1] for first in (looks[0][::-1, ::-1], looks[0]))
     return float(turned - upright)
 
@@ -178,7 +171,7 @@ def dominant(tracks: dict[str, Track], colours: Sequence[str], *, part: float = 
     frames = slice(max(1, round(len(tracks[colours[0]].area) * part)))
     least = np.min([tracks[colour].area[frames] for colour in colours], axis=0)
     others = np.max([track.area[frames] for colour, track in tracks.items() if colour not in colours], axis=0)
-    return bool(np.mean((least > others) & (least >= MIN_AREA)) >= 0.5)
+    return bool(np.mean(least > others) >= 0.5)
 
 
 class Verdict(NamedTuple):
@@ -209,10 +202,7 @@ def _score(hits: Sequence[bool], candidates: Sequence[Sequence[str]], scored: Co
 
 
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, object]:
-    """Scores with intervals and chance, and how many clips of each prompted action showed what.
-
-    Chance is exact: how many of the actions (or of the single colours) that are scored a clip would pass, on average.
-    """
+    """Scores, and what was shown; chance is the share of all scored actions (or single colours) that a clip passes."""
     directional = [v for v in verdicts if v.prompt.action in OPPOSITE]
     table: dict[str, object] = {}
     for name in RULES:
@@ -236,8 +226,8 @@ def draw_prompts(clips_per_action: int, *, seed: int) -> list[Prompt]:
         colours = tuple(str(colour) for colour in rng.choice(list(COLOURS), size=2, replace=False))
         named = 1 if action.name == "cover" else action.num_slots
         fillers = [f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=True)][:named]
-        text = caption(action.template, fillers + [COVER] * (action.num_slots - named))
-        prompts.append(Prompt(text, action.name, colours[:named]))
+        fillers += [COVER] * (action.num_slots - named)
+        prompts.append(Prompt(caption(action.template, fillers), action.name, colours[:named]))
     return prompts
 
 
@@ -280,7 +270,7 @@ def gauge(pipe: TextToVideo, num_clips: int) -> list[dict[str, Any]]:
     that is the same words in another order, and the others. A gap comes with its standard error.
     """
     stream = rendered(VALIDATION_OFFSET, actions=REVERSED, seed=pipe.config.seed, data=pipe.config.data)
-    clips, last = list(islice(stream, num_clips)), pipe.schedule.config.num_train_timesteps - 1
+    clips, last = list(islice(stream, num_clips)), len(pipe.schedule.betas) - 1
     errors = np.zeros((len(GAUGED_AT), num_clips, 2))  # right, reversed
     for i, clip in enumerate(tqdm(clips, desc="gauging", unit="clip", leave=False)):
         z = pipe.vae.encode(to_float(clip.frames)[None].to(pipe.device)).mode()
@@ -295,17 +285,15 @@ def gauge(pipe: TextToVideo, num_clips: int) -> list[dict[str, Any]]:
     rows = []
     for name, some in (("lateral", lateral), ("other", ~lateral)):
         for level, pairs in zip(GAUGED_AT, errors[:, some], strict=True):
-            gaps = pairs[:, 1] - pairs[:, 0]
-            mean, spread = float(gaps.mean()), float(gaps.std(ddof=1) / len(gaps) ** 0.5)
-            rows.append(
-                {"captions": name, "t": level, "error": float(pairs[:, 0].mean()), "gap": mean, "spread": spread}
-            )
+            gap, spread = np.diff(pairs).mean(), np.diff(pairs).std(ddof=1) / len(pairs) ** 0.5
+            numbers = {"t": level, "error": pairs[:, 0].mean(), "gap": gap, "standard_error": spread}
+            rows.append({"captions": name, **{key: float(value) for key, value in numbers.items()}})
     return rows
 
 
 def _print(record: dict[str, Any]) -> None:
     for row in record.get("gauge", ()):
-        print("{captions:<8} t {t:.2f}  error {error:.5f}  gap {gap:+.5f} +- {spread:.5f}".format(**row))
+        print("{captions:<8} t {t:.2f}  error {error:.5f}  gap {gap:+.5f} +- {standard_error:.5f}".format(**row))
     if "scores" not in record:
         return
     columns = ("clips", "right", "opposite", "still", "colour")
@@ -313,10 +301,8 @@ def _print(record: dict[str, Any]) -> None:
     for name, row in record["scores"]["actions"].items():
         print(f"{name:<24}" + "".join(f"{row[column]:>10}" for column in columns))
     for name in ("direction", "action", "colour"):
-        score = record["scores"][name]
-        low, high = score["ci95"]
-        value = f"{name:<10}{score['value']:7.1%}  [{low:.1%}, {high:.1%}]"
-        print(f"{value}  {score['right']} of {score['clips']}, chance {score['chance']:.1%}")
+        score = "{:<10}{value:7.1%}  [{ci95[0]:.1%}, {ci95[1]:.1%}]  {right} of {clips}, chance {chance:.1%}"
+        print(score.format(name, **record["scores"][name]))
 
 
 def _parser() -> Parser:
@@ -336,25 +322,24 @@ def _parser() -> Parser:
 def demo_command(arguments: Sequence[str]) -> None:
     """`benchmarks/demo.py`"""
     options = _parser().parse_args(arguments)
-    if options.real and options.gauge is not None:
-        raise UserError("give --real or --gauge, not both")
     for name, least in (("clips_per_action", 1), ("gauge", 16), ("seed", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     device, folder, data = pick_device(options.device), options.checkpoint or SHIPPED, DataConfig(height=64, width=64)
-    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     record: dict[str, Any] = {"environment": environment(device), "settings": settings}
     if not options.real or options.checkpoint is not None:
         verify(folder)
         data = load(folder / CONFIG).data
-        record["checkpoint"] = str(folder)
         record["manifest_sha256"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    if options.real and options.gauge is not None:
+        raise UserError("give --real or --gauge, not both")
     if options.real:
         record["scores"] = summarise(judge_real(options.clips_per_action, seed=options.seed, data=data))
-    elif options.gauge is not None:
-        record["gauge"] = gauge(TextToVideo.from_pretrained(folder).to(device), options.gauge)
-    else:
+    elif options.gauge is None:
         record["scores"] = summarise(judge_generated(TextToVideo.from_pretrained(folder).to(device), options))
+    else:
+        record["gauge"] = gauge(TextToVideo.from_pretrained(folder).to(device), options.gauge)
     _print(record)
     if options.json is not None:
         write_json(options.json, record)

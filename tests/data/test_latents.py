@@ -37,7 +37,11 @@ class Encoder:
 
 
 def latents(
-    config: DataConfig = CONFIG, *, split: Split = "train", seed: int = 0, encode: Callable[[Tensor], Tensor] | None = None
+    config: DataConfig = CONFIG,
+    *,
+    split: Split = "train",
+    seed: int = 0,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> LatentDataset:
     return LatentDataset(config, split=split, seed=seed, batch_size=2, encode=encode or Encoder())
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from vdm.data import loader
 from vdm.data.loader import VALIDATION_OFFSET, BadClips, Batch, ClipDataset, DataConfig, batches
 from vdm.data.mini_something import render_clip, write_ssv2
-from vdm.data.video import to_float, write_video
+from vdm.data.transforms import resize_crop
+from vdm.data.video import read_clip, to_float, write_video
 from vdm.errors import UserError
 
 # Two workers on one core are slow, but right.
@@ -116,12 +117,24 @@ def test_crops_and_starts_spread_over_their_range():
     assert abs(np.corrcoef([(cut.start, cut.x, cut.y) for cut in cuts], rowvar=False)[0, 1]) < 0.15
 
 
+def test_files_are_cut_where_the_draw_says(written):
+    config = files_config(written, height=16, width=10, min_frames=3, max_frames=3)
+    clips = dataset(config)
+    for position in range(5):
+        cut, sample = clips._cut_at(position), clips[position]
+        path = next(written.glob(f"*/{sample['id']}.mp4"))
+        frames = read_clip(path, fps=8, num_frames=3, start=cut.start)
+        expected = resize_crop(frames, height=16, width=10, x=cut.x, y=cut.y)
+        assert torch.equal(sample["video"], to_float(expected))
+
+
 def test_validation_is_fixed_and_apart_from_training():
     clips = dataset(split="validation", seed=5)
     assert len(clips) == 3
     assert [clips[position]["index"] for position in range(3)] == [0, 1, 2]
-    assert clips[0]["id"] == str(VALIDATION_OFFSET)
-    assert clips[0]["video"].shape[1] == TINY.max_frames
+    first = render_clip(VALIDATION_OFFSET, seed=5, height=16, width=24, num_frames=TINY.max_frames, fps=8)
+    assert torch.equal(clips[0]["video"], to_float(first.frames))
+    assert clips[0]["id"] == first.id and int(first.id) >= 10**9  # no training set is as large
     with pytest.raises(IndexError):
         clips[3]
     with pytest.raises(IndexError):

@@ -186,6 +186,17 @@ def test_eta_zero_leaves_the_generators_alone() -> None:
     assert torch.equal(with_them, ddim_sample(gaussian_denoiser(schedule), x, schedule, num_steps=5))
 
 
+def test_spread_of_a_step_is_proportional_to_eta() -> None:
+    schedule, differences = NoiseSchedule(DiffusionConfig()), []
+    for eta in (0.3, 1.0):
+        paths: list[list[Tensor]] = [[], []]
+        for seed, path in enumerate(paths):
+            random, x = generators(seed), torch.ones(1, 50)
+            ddim_sample(network, x, schedule, num_steps=5, eta=eta, generators=random, callback=keep_in(path))
+        differences.append(paths[0][0] - paths[1][0])
+    torch.testing.assert_close(differences[0], 0.3 * differences[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("prediction_type", ["v", "x0"])
 @pytest.mark.parametrize("num_steps", [1, 2, 1000])
 def test_everything_is_finite_from_pure_noise(prediction_type: Any, num_steps: int) -> None:
@@ -228,6 +239,8 @@ def test_denoiser_and_callback_see_every_step_once(sample: Any) -> None:
     assert asked == [[999, 999], [749, 749], [499, 499], [249, 249]]
     assert [step[:2] for step in told] == [(0, 999), (1, 749), (2, 499), (3, 249)]
     assert found.dtype == torch.float32 and not found.requires_grad and torch.equal(found, told[-1][2])
+    lifted = sample(lambda x, t: denoise(x, t).float(), x, schedule, num_steps=4, generators=generators(0, 1))
+    assert torch.equal(found, lifted)
 
 
 def test_bad_arguments_of_the_samplers() -> None:

@@ -66,7 +66,7 @@ def test_the_optimizer_takes_the_config_at_its_word() -> None:
 
 
 def test_one_step_is_adamw_as_published() -> None:
-    """First step of Loshchilov and Hutter 2019, algorithm 2, by hand: the bias-corrected moments are g and g squared."""
+    """First step of Loshchilov and Hutter 2019, algorithm 2: the bias-corrected moments are g and g squared."""
     weight = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     config = TrainingConfig(learning_rate=0.1, weight_decay=0.5, epsilon=1e-2)
     gradient = torch.tensor([0.5, -0.25], dtype=torch.float64)

@@ -65,7 +65,9 @@ def loss(task: Task, batch: Batch, *, training: bool = True) -> float:
 
 
 def test_every_clip_and_purpose_has_its_own_stream() -> None:
-    keys = [(seed, position, purpose) for seed in (0, 1) for position in (0, 1, 2**40) for purpose in (NOISE, POSTERIOR)]
+    keys = [
+        (seed, position, purpose) for seed in (0, 1) for position in (0, 1, 2**40) for purpose in (NOISE, POSTERIOR)
+    ]
     draws = [tuple(torch.randn(4, generator=clip_generator(*key)).tolist()) for key in keys]
     assert len(set(draws)) == len(keys)
     assert draws == [tuple(torch.randn(4, generator=clip_generator(*key)).tolist()) for key in keys]

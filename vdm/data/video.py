@@ -138,7 +138,6 @@ def _to_rgb(frame: VideoFrame, width: int, height: int) -> Frames:
         width=width,
         height=height,
         format="rgb24",
-        src_color_range=frame.color_range,
         interpolation=ACCURATE,
         threads=1,
     )

@@ -133,7 +133,7 @@ def _posterior_variance(now: float, then: float) -> float:
 
 
 def _add_step_noise(x: Tensor, variance: float, generators: Sequence[torch.Generator] | None) -> Tensor:
-    if generators is None or variance <= 0.0:
+    if generators is None:
         return x
     return x + math.sqrt(variance) * initial_noise(x.shape[1:], generators, x.device)
 

@@ -52,7 +52,15 @@ class TrainingConfig:
             self._require(name, at_least=1)
         for name in ("max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints"):
             self._require(name, at_least=1)
-        for name in ("warmup_steps", "validation_steps", "preview_steps", "weight_decay", "kl_weight", "colour_weight", "edge_weight"):
+        for name in (
+            "warmup_steps",
+            "validation_steps",
+            "preview_steps",
+            "weight_decay",
+            "kl_weight",
+            "colour_weight",
+            "edge_weight",
+        ):
             self._require(name, at_least=0)
         for name in ("learning_rate", "epsilon", "max_grad_norm"):
             self._require(name, above=0)

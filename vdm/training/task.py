@@ -128,10 +128,10 @@ class UNetTask(Task):
 
 
 class VAETask(Task):
-    """Reconstruct frames through latents: L1 and squared error, squared error of the colour alone (what is left when the
-    grey of a pixel is taken away), L1 error of the image gradients, KL to the unit Gaussian.
+    """Reconstruct frames through latents: L1 and squared error, squared error of the colour alone (a pixel less its grey),
+    L1 error of the image gradients, KL to the unit Gaussian.
 
-    Colour needs a term of its own: small bright objects hardly count among all pixels, and are grey for long without it.
+    Colour has a term of its own, for small bright objects hardly count among all pixels and would stay grey for long.
     """
 
     def build(self) -> dict[str, nn.Module]:
