@@ -39,8 +39,8 @@ from vdm.vocabulary import ACTIONS, BACKGROUND_MAX_SATURATION, COLOURS, COVER, S
 
 BATCH = 8
 GAUGED_AT = (0.8, 0.97, 1.0)  # of the noise schedule
-# A pixel needs less saturation than a rendered object has: autoencoders blur, and young models are pale.
-MIN_SATURATION, MIN_VALUE, HUE_MARGIN = 110, 60, 2
+# Wider than what the renderer keeps to, for autoencoders blur and models are pale; no hue of the hand is let in.
+MIN_SATURATION, MIN_VALUE, HUE_MARGIN = 110, 60, 3
 AREAS = 0.003, 0.4  # of the frame; a smaller or larger patch is no object
 STEP = 0.12  # of the frame's width or height: the least that counts as a motion
 
@@ -162,7 +162,8 @@ def _turned(value: np.ndarray, masks: np.ndarray) -> float:
     for brightness, mask in zip(value.astype(np.float32), masks, strict=True):
         x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
         looks.append(cv2.resize((brightness * mask)[y : y + h, x : x + w], (24, 24), interpolation=cv2.INTER_AREA))
-    turned, upright = (np.corrcoef(first.ravel(), looks[1].ravel())[0, 1] for first in (looks[0][::-1, ::-1], looks[0]))
+    with np.errstate(invalid="ignore"):  # a patch without any contrast looks like nothing: NaN
+        turned, upright = (np.corrcoef(one.ravel(), looks[1].ravel())[0, 1] for one in (looks[0][::-1, ::-1], looks[0]))
     return float(turned - upright)
 
 

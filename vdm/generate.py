@@ -52,7 +52,7 @@ class Request:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line; blank lines do not count. Raises `UserError` where there is none."""
     try:
-        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompt file {path} cannot be read ({error}); give a UTF-8 text file, one prompt a line"
@@ -69,8 +69,8 @@ def generate(request: Request) -> list[Path]:
     for name in ("num_videos_per_prompt", "batch_size"):
         if getattr(request, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(request, name)}")
-    if request.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {request.seed}")
+    if not 0 <= request.seed < 2**63:
+        raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
     _require_writable(request.output_dir)
     pipe = TextToVideo.from_pretrained(request.checkpoint).to(_device(request.device), DTYPES[request.dtype])
     jobs = [prompt for prompt in request.prompts for _ in range(request.num_videos_per_prompt)]

@@ -61,11 +61,14 @@ def build_vae(config: Config) -> VideoVAE:
 
 
 def _load_vae(vae: VideoVAE, path: Path) -> None:
-    """Fill `vae` from a checkpoint folder, whose own `vae` section must agree with the one `vae` was built from."""
+    """Fill `vae` from a checkpoint folder, whose own `vae` section must agree with the one `vae` was built from.
+
+    The scaling factor may differ: it is no property of the weights, but of how diffusion is to see their latents.
+    """
     read_manifest(path)
-    theirs = asdict(load(path / CONFIG).vae) | {"vae_weights": vae.config.vae_weights}
+    theirs = asdict(load(path / CONFIG).vae) 
     for key, ours in asdict(vae.config).items():
-        if ours != theirs[key]:
+        if key not in ("vae_weights", "scaling_factor") and ours != theirs[key]:
             raise UserError(f"vae.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
     load_part(vae, path, "vae")
 

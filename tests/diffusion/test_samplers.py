@@ -1,4 +1,4 @@
-"""The samplers against exact Gaussian denoisers, each other, and (parity) diffusers' schedulers."""
+"""The samplers against exact Gaussian denoisers and against each other; test_parity.py has diffusers'."""
 
 from __future__ import annotations
 
@@ -186,14 +186,19 @@ def test_eta_zero_leaves_the_generators_alone() -> None:
     assert torch.equal(with_them, ddim_sample(gaussian_denoiser(schedule), x, schedule, num_steps=5))
 
 
+def _keep(path: list[Tensor], index: int, t: int, x: Tensor) -> None:
+    path.append(x)
+
+
 def test_spread_of_a_step_is_proportional_to_eta() -> None:
     schedule, differences = NoiseSchedule(DiffusionConfig()), []
     for eta in (0.3, 1.0):
         paths: list[list[Tensor]] = [[], []]
         for seed, path in enumerate(paths):
-            random, x = generators(seed), torch.ones(1, 50)
-            ddim_sample(network, x, schedule, num_steps=5, eta=eta, generators=random, callback=keep_in(path))
-        differences.append(paths[0][0] - paths[1][0])
+            x, keep = torch.ones(1, 50), partial(_keep, path)
+            sampled = {"num_steps": 5, "eta": eta, "generators": generators(seed), "callback": keep}
+            ddim_sample(gaussian_denoiser(schedule), x, schedule, **sampled)
+        differences.append(paths[0][0] - paths[1][0])  # after the first step
     torch.testing.assert_close(differences[0], 0.3 * differences[1], rtol=1e-4, atol=1e-5)
 
 
@@ -270,94 +275,3 @@ def test_bad_sampling_fields_are_named(field: str, value: Any) -> None:
     with pytest.raises(UserError) as caught:
         SamplingConfig(**{field: value})
     assert str(caught.value).startswith(f"{field} is {value!r}; it must ")
-
-
-PARITY = [
-    ("epsilon", {}),
-    ("epsilon", {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}),
-    ("epsilon", {"timestep_spacing": "leading", "steps_offset": 0}),
-    ("v", {}),
-    ("v", {"zero_terminal_snr": True}),
-    ("v", {"zero_terminal_snr": True, "noise_shift": 5.0, "beta_schedule": "cosine"}),
-    ("x0", {"zero_terminal_snr": True}),
-    ("x0", {"noise_shift": 3.0}),
-]
-
-
-def network(x: Tensor, t: Tensor) -> Tensor:
-    """Any smooth function of x and t will do as the denoiser of a parity test."""
-    return (1.3 * x + 0.2).sin() + 0.3 * (t / 1000).reshape(-1, *[1] * (x.ndim - 1))
-
-
-def diffusers_path(scheduler: Any, x: Tensor, num_steps: int, **step: Any) -> list[Tensor]:
-    scheduler.set_timesteps(num_steps)
-    path = []
-    for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.expand(len(x))), int(t), x, **step).prev_sample
-        path.append(x)
-    return path
-
-
-def keep_in(path: list[Tensor]) -> Callable[[int, int, Tensor], None]:
-    return lambda index, t, x: path.append(x)
-
-
-def scheduler_fields(schedule: NoiseSchedule) -> dict[str, Any]:
-    config = schedule.config
-    name = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction_type]
-    return {
-        "trained_betas": schedule.trained_betas(),
-        "prediction_type": name,
-        "clip_sample": False,
-        "timestep_spacing": config.timestep_spacing,
-        "steps_offset": config.steps_offset,
-    }
-
-
-def check_paths(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Same paths, but for diffusers' float32 products: their relative error in alpha_bar is about 1e-5."""
-    assert len(ours) == len(theirs)
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("num_steps", [1, 20, 50])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("prediction_type, fields", PARITY)
-def test_parity_of_ddim(prediction_type: Any, fields: dict[str, Any], eta: float, num_steps: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    schedule = NoiseSchedule(DiffusionConfig(prediction_type=prediction_type, **fields))
-    scheduler = diffusers.DDIMScheduler(set_alpha_to_one=schedule.config.set_alpha_to_one, **scheduler_fields(schedule))
-    if schedule.config.zero_terminal_snr:
-        eta = min(eta, 0.999)  # at 1 diffusers takes the root of a rounding error below 0, and returns nan
-    x, ours = initial_noise((4, 2, 3, 3), generators(0, 1)), list[Tensor]()
-    theirs = diffusers_path(scheduler, x, num_steps, eta=eta, generator=generators(2, 3))
-    ddim_sample(network, x, schedule, num_steps=num_steps, eta=eta, generators=generators(2, 3), callback=keep_in(ours))
-    check_paths(ours, theirs)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("num_steps", [1, 20, 30, 50])
-@pytest.mark.parametrize("prediction_type, fields", PARITY)
-def test_parity_of_ddpm(prediction_type: Any, fields: dict[str, Any], num_steps: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    schedule = NoiseSchedule(DiffusionConfig(prediction_type=prediction_type, **fields))
-    x, ours = initial_noise((4, 2, 3, 3), generators(0, 1)), list[Tensor]()
-    scheduler = diffusers.DDPMScheduler(**scheduler_fields(schedule))
-    theirs = diffusers_path(scheduler, x, num_steps, generator=generators(2, 3))
-    ddpm_sample(network, x, schedule, num_steps=num_steps, generators=generators(2, 3), callback=keep_in(ours))
-    check_paths(ours, theirs)
-
-
-@pytest.mark.parity
-def test_parity_of_the_named_zero_terminal_snr() -> None:
-    """The export needs no trained betas for a plain schedule: diffusers' own rescale gives the same path."""
-    diffusers = pytest.importorskip("diffusers")
-    schedule = NoiseSchedule(DiffusionConfig(prediction_type="v", zero_terminal_snr=True))
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True,
-        prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing",
-    )  # fmt: skip
-    x = initial_noise((4, 2, 3, 3), generators(0, 1))
-    check_paths([ddim_sample(network, x, schedule, num_steps=50)], diffusers_path(scheduler, x, 50)[-1:])

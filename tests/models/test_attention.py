@@ -85,7 +85,7 @@ def test_attend_takes_any_strides() -> None:
     close(attend(q[..., ::2], one_key[..., ::2], v), softmax_attention(q[..., ::2], one_key[..., ::2], v))
 
 
-@pytest.mark.parametrize("batch", [attention.MAX_BATCH - 1, attention.MAX_BATCH, attention.MAX_BATCH + 1, 140_000])
+@pytest.mark.parametrize("batch", [65_534, 65_535, 65_536, 140_000])
 def test_attend_splits_a_batch_that_cuda_kernels_cannot_take(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (randn(batch, 1, 2, 1, seed=i) for i in range(3))
     kernel, sizes = F.scaled_dot_product_attention, []
@@ -215,6 +215,14 @@ def test_temporal_transformer_ignores_the_text_and_spatial_does_not() -> None:
 def test_transformer_norms_have_the_eps_of_the_original(module: SpatialTransformer | TemporalTransformer) -> None:
     assert module.norm.eps == 1e-6
     assert {norm.eps for norm in (module.block.norm1, module.block.norm2, module.block.norm3)} == {1e-5}
+
+
+def test_spatial_transformer_norms_each_frame_and_temporal_the_video() -> None:
+    x = randn(2, 8, 4, 2, 3) * torch.arange(1, 5)[:, None, None]
+    for module, parts in ((spatial(), x.unbind(2)), (temporal(), [x])):
+        norm = randomise(module).norm
+        plain = [F.group_norm(part, 2, norm.weight, norm.bias, eps=1e-6) for part in parts]
+        close(norm(x), torch.stack(plain, dim=2) if len(plain) > 1 else plain[0])
 
 
 # Memory

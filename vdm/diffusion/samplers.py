@@ -87,7 +87,7 @@ def ddim_sample(
     for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=schedule.final_alpha_cumprod)):
         x0, eps = _predict(denoise, x, schedule, t)
         variance = eta**2 * _posterior_variance(now, then)
-        x = math.sqrt(then) * x0 + math.sqrt(max(1.0 - then - variance, 0.0)) * eps
+        x = math.sqrt(then) * x0 + math.sqrt(1.0 - then - variance) * eps
         x = _add_step_noise(x, variance, generators)
         if callback is not None:
             callback(index, t, x)
@@ -128,8 +128,11 @@ def _predict(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, t: int) -> t
 
 
 def _posterior_variance(now: float, then: float) -> float:
-    """Variance of q(x_then | x_now, x0), both given by alpha_bar (Ho et al. 2020, eq. 7); 0 when then is clean."""
-    return (1.0 - then) / (1.0 - now) * (1.0 - now / then)
+    """Variance of q(x_then | x_now, x0), both given by alpha_bar (Ho et al. 2020, eq. 7); 0 when then is clean.
+
+    now / then >= now, so in this order of operations rounding cannot take it above 1 - then.
+    """
+    return (1.0 - then) * ((1.0 - now / then) / (1.0 - now))
 
 
 def _add_step_noise(x: Tensor, variance: float, generators: Sequence[torch.Generator] | None) -> Tensor:
