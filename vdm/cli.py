@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def train_command(arguments: Sequence[str]) -> None:
     for name in ("plan", "verify_resume"):
         if getattr(options, name):
             raise UserError(f"train.py --{name} is not there yet; leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training in several processes is not there yet; start train.py with python, not torchrun")
 
     from vdm.config import load  # after parsing: --help answers at once
     from vdm.training.loop import train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +108,12 @@ class Trainer:
                     self.save()
             final = self.finish()
         finally:
+            stream.close()  # stops the data workers now, not when the garbage is collected
             log.close()
         print(f"finished: {final}")
         return final
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
         stream = batches(
             self.clips,

@@ -6,6 +6,7 @@ draw of a clip is a function of (seed, position in the global stream), so it dep
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,12 @@ class UNetTask(Task):
     """Denoise the latents of captioned clips with a frozen VAE, the text tower learning along where it may."""
 
     def build(self) -> dict[str, nn.Module]:
+        frozen = {"vae.vae_weights": self.config.vae.vae_weights}
+        if not self.config.text.text_trainable:
+            frozen["text.text_weights"] = self.config.text.text_weights
+        for key, weights in frozen.items():
+            if weights is None:
+                print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
         self.parts = build_components(self.config)
         self.parts.schedule.to(self.device)
         return self.parts.modules()
@@ -128,8 +135,8 @@ class UNetTask(Task):
 
 
 class VAETask(Task):
-    """Reconstruct frames through latents: L1 and squared error, squared error of the colour alone (a pixel less its grey),
-    L1 error of the image gradients, KL to the unit Gaussian.
+    """Reconstruct frames through latents: L1 and squared error, squared error of the colour alone (a pixel less its
+    grey), L1 error of the image gradients, KL to the unit Gaussian.
 
     Colour has a term of its own, for small bright objects hardly count among all pixels and would stay grey for long.
     """
