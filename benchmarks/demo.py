@@ -96,7 +96,7 @@ RULES: dict[str, Callable[[Motion], bool]] = {
     "move_towards_camera": lambda m: m.growth >= 1.6,
     "move_away_from_camera": lambda m: m.growth <= 1 / 1.6,
     "turn_upside_down": lambda m: m.turned >= 0.1 and max(abs(m.right), abs(m.up)) < STEP,
-    "push_off_table": lambda m: m.gone and m.travel >= 0.15 and m.sunk >= 0.1,
+    "push_off_table": lambda m: m.gone and m.travel >= 0.15 and m.sunk >= 0.03,
     "cover": lambda m: m.gone and m.travel < 0.15 and m.whitened >= 0.6,
     "move_closer": lambda m: m.closing >= STEP,
     "move_apart": lambda m: m.closing <= -STEP,

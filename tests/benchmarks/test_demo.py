@@ -71,7 +71,8 @@ def test_rendered_clips_show_their_action_and_colour(clips: list[Rendered], seen
 
 
 def test_every_second_frame_is_enough(clips: list[Rendered]) -> None:
-    assert np.mean([judge(clip, clip.frames[::2]).right for clip in clips]) >= 0.95
+    wrong = [clip.action for clip in clips if not judge(clip, clip.frames[::2]).right]
+    assert len(wrong) <= 0.05 * len(clips) and all(wrong.count(action) <= 1 for action in wrong), wrong
 
 
 def test_a_mirror_swaps_left_and_right(clips: list[Rendered]) -> None:
