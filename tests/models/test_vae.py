@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vdm.errors import UserError
 from vdm.models import VAEConfig, VideoVAE
-from vdm.models.vae import LatentDistribution
+from vdm.models.vae import AttentionBlock2D, LatentDistribution, ResBlock2D
 
 TEMPORAL = replace(VAE, temporal_decoder=True)
 
@@ -303,6 +303,20 @@ def test_untrained_temporal_layers_leave_an_image_vae_as_it_was() -> None:
         close(with_time.decode(z), image.decode(z))
         frames = [image.decode(frame.unsqueeze(2)) for frame in z.unbind(2)]
         close(image.decode(z), torch.cat(frames, dim=2))
+
+
+@pytest.mark.parametrize("out_channels", [4, 6])
+def test_untrained_blocks_of_a_frame_are_linear(out_channels: int) -> None:
+    res, attention = ResBlock2D(4, out_channels, groups=2), AttentionBlock2D(4, groups=2)
+    x = torch.randn(2, 4, 3, 5)
+    assert torch.equal(res(x), res.shortcut(x)) and torch.equal(attention(x), x)
+
+
+def test_untrained_convolutions_are_orthogonal() -> None:
+    for layer in (layer for layer in VideoVAE(VAE).modules() if type(layer) is nn.Conv2d and layer.weight.any()):
+        rows = layer.weight.flatten(1) if layer.weight[0].numel() >= len(layer.weight) else layer.weight.flatten(1).T
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-5)
+        assert layer.bias is not None and not layer.bias.any()
 
 
 @pytest.mark.parametrize("config", [VAE, TEMPORAL])
