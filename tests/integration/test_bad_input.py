@@ -130,6 +130,11 @@ def test_train_refuses_a_data_set_with_too_many_unreadable_clips(command: Comman
     assert not written(tmp_path / "other")
 
 
+def test_train_refuses_to_run_in_several_processes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_says(command("train.py", TINY).error, "several processes is not there yet")
+
+
 # ---- sample.py
 
 

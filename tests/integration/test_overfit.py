@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -40,20 +39,14 @@ def the_clips(config: Config) -> tuple[list[str], Tensor]:
     return [s["caption"] for s in samples], torch.stack([(s["video"].transpose(0, 1) + 1) / 2 for s in samples])
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextToVideo, Config]:
-    folder = tmp_path_factory.mktemp("overfit")
-    vae = train(load(TINY, [*AUTOENCODER, f"run_dir={folder / 'vae'}"]))
-    config = load(TINY, [*DIFFUSION, f"vae_weights={vae}", f"run_dir={folder / 'unet'}"])
-    return TextToVideo.from_pretrained(train(config)), config
-
-
-def test_four_clips_are_recovered_from_noise_by_ddim_50(learned: tuple[TextToVideo, Config]) -> None:
+def test_four_clips_are_recovered_from_noise_by_ddim_50(tmp_path: Path) -> None:
     """Against the clips' own pixels, so the autoencoder's error counts too.
 
-    Every clip must be nearest to its own caption's: one clip that is repeated four times, or the mean of all, is not.
+    Every clip must be nearest to its own caption's, by far: one clip that is repeated four times is not.
     """
-    pipe, config = learned
+    vae = train(load(TINY, [*AUTOENCODER, f"run_dir={tmp_path / 'vae'}"]))
+    config = load(TINY, [*DIFFUSION, f"vae_weights={vae}", f"run_dir={tmp_path / 'unet'}"])
+    pipe = TextToVideo.from_pretrained(train(config))
     captions, clips = the_clips(config)
     noise = [torch.Generator().manual_seed(100 + i) for i in range(4)]
     made = pipe(captions, generator=noise, num_inference_steps=50, guidance_scale=1.0, output_type="pt").frames
@@ -62,18 +55,9 @@ def test_four_clips_are_recovered_from_noise_by_ddim_50(learned: tuple[TextToVid
     for i, row in enumerate(table):
         assert row[i] > 20.0, table
         assert all(row[i] > other + 3.0 for j, other in enumerate(row) if j != i), table
+        assert row[i] > psnr(clips.mean(0), clips[i]) + 2.0, "the mean of all clips is a cheap guess"
 
     with torch.no_grad():
         decoded = pipe.vae.decode(pipe.vae.encode(clips.transpose(1, 2) * 2 - 1).mode()).transpose(1, 2)
     best = ((decoded + 1) / 2).clamp(0, 1)  # all that the latents can say
-    assert all(psnr(mine, theirs) > 25.0 for mine, theirs in zip(made, best, strict=True)), table
-
-
-def test_an_untrained_model_recovers_nothing(learned: tuple[TextToVideo, Config]) -> None:
-    """The numbers above are not what any decoder would give."""
-    pipe, config = learned
-    captions, clips = the_clips(config)
-    noise = torch.randn(4, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        decoded = ((pipe.vae.decode(noise).transpose(1, 2) + 1) / 2).clamp(0, 1)
-    assert all(psnr(mine, theirs) < 15.0 for mine, theirs in zip(decoded, clips, strict=True)), captions
+    assert all(psnr(mine, theirs) > 25.0 for mine, theirs in zip(made, best, strict=True))

@@ -196,18 +196,30 @@ def test_the_autoencoder_alone_is_built_and_learns() -> None:
 
 
 def test_the_autoencoders_losses_fit_together() -> None:
-    losses = {}
-    for kl_weight, edge_weight in ((0, 0), (0.5, 0), (0, 0.5)):
-        task = vae_task(f"training.kl_weight={kl_weight}", f"training.edge_weight={edge_weight}")
+    terms = ("kl_weight", "edge_weight", "colour_weight")
+    values: dict[str, dict[str, float]] = {}
+    for chosen in ("none", *terms):
+        task = vae_task(*(f"training.{term}={0.5 if term == chosen else 0}" for term in terms))
         with torch.no_grad():
-            values = {name: float(value) for name, value in task.losses(batch_of(task, 0, 1), training=True).items()}
-        assert all(torch.isfinite(torch.tensor(value)) for value in values.values())
-        losses[kl_weight, edge_weight] = values
-    bare, with_kl, with_edges = losses.values()
+            losses = task.losses(batch_of(task, 0, 1), training=True)
+        values[chosen] = {name: float(value) for name, value in losses.items()}
+        assert all(torch.isfinite(value) for value in losses.values())
+    bare = values["none"]
     assert bare["loss"] == pytest.approx(bare["reconstruction"])
-    assert with_kl["loss"] == pytest.approx(bare["loss"] + 0.5 * bare["kl"], rel=1e-5)
-    assert with_edges["loss"] > bare["loss"]
+    assert values["kl_weight"]["loss"] == pytest.approx(bare["loss"] + 0.5 * bare["kl"], rel=1e-5)
+    assert values["edge_weight"]["loss"] > bare["loss"] and values["colour_weight"]["loss"] > bare["loss"]
     assert bare["kl"] > 0.0 and bare["latent_std"] > 0.0
+
+
+def test_the_colour_term_is_blind_to_grey() -> None:
+    """An error that is the same in all three channels costs nothing in it."""
+    task = vae_task("training.colour_weight=1000")
+    batch = batch_of(task, 0)
+    task.vae.decode = lambda z: batch.video + 0.1  # type: ignore[method-assign]
+    grey = loss(task, batch)
+    tint = torch.tensor([0.1, -0.1, 0.0]).reshape(1, 3, 1, 1, 1)
+    task.vae.decode = lambda z: batch.video + tint  # type: ignore[method-assign]
+    assert grey < 1.0 < loss(task, batch)
 
 
 def test_psnr_is_that_of_the_decoded_mode() -> None:
@@ -243,7 +255,21 @@ def test_the_autoencoders_preview_shows_clips_beside_reconstructions(tmp_path: P
     assert (shown / 127.5 - 1.0 - batch.video[0]).abs().mean() < 0.1, "the first is the clip itself"
 
 
-# ---- what is refused
+# ---- what is refused, or warned of
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [((), ["vae.vae_weights"]), (("text.text_trainable=false",), ["vae.vae_weights", "text.text_weights"])],
+)
+def test_random_networks_that_never_learn_are_warned_of(
+    capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], named: list[str]
+) -> None:
+    build_task(tiny(*overrides), CPU)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" is null")[0] for line in lines] == [f"warning: {key}" for key in named]
+    vae_task()
+    assert not capsys.readouterr().err, "all that it has is trained"
 
 
 def test_fp16_needs_a_gpu() -> None:
