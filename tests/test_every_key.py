@@ -21,7 +21,7 @@ KEYS = sorted(
 
 
 def attributes_read(source: str) -> set[str]:
-    """Names of all attributes that a module reads, but for those in `__post_init__`, where a dataclass checks itself."""
+    """Names of all attributes that a module reads, except in `__post_init__`, where a dataclass checks itself."""
     tree = ast.parse(source)
     checks = {
         id(node)
@@ -40,7 +40,9 @@ def test_all_sections_are_looked_at() -> None:
 
 
 def test_a_check_alone_does_not_count_as_reading() -> None:
-    source = "class A:\n    def __post_init__(self):\n        assert self.a\n    def use(self):\n        return self.b\n"
+    source = (
+        "class A:\n    def __post_init__(self):\n        assert self.a\n    def use(self):\n        return self.b\n"
+    )
     assert attributes_read(source) == {"b"}
 
 

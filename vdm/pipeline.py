@@ -66,7 +66,7 @@ def _load_vae(vae: VideoVAE, path: Path) -> None:
     The scaling factor may differ: it is no property of the weights, but of how diffusion is to see their latents.
     """
     read_manifest(path)
-    theirs = asdict(load(path / CONFIG).vae) 
+    theirs = asdict(load(path / CONFIG).vae)
     for key, ours in asdict(vae.config).items():
         if key not in ("vae_weights", "scaling_factor") and ours != theirs[key]:
             raise UserError(f"vae.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
