@@ -15,7 +15,7 @@ from vdm.checkpoint import read_manifest, save_checkpoint
 from vdm.config import Config, load, to_yaml
 from vdm.diffusion import initial_noise
 from vdm.errors import UserError
-from vdm.pipeline import build_components, build_vae, load_part, save_parts
+from vdm.pipeline import SHIPPED, build_components, build_vae, load_part, save_parts
 from vdm.text.encoder import TOKEN_TABLE
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
@@ -140,6 +140,17 @@ def test_what_the_weights_were_made_from_need_not_be_there(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "vae").rename(tmp_path / "gone")
     assert_same_model(TextToVideo.from_pretrained(tmp_path / "model"), model)
+
+
+def test_the_shipped_model_is_there_and_small() -> None:
+    pipe = TextToVideo.from_pretrained()
+    frames = pipe(
+        "pushing a red ball from left to right", num_inference_steps=1, num_frames=2, generator=seeds(0)
+    ).frames
+    assert frames.shape == (1, 2, 64, 64, 3)
+    assert sum(path.stat().st_size for path in SHIPPED.parent.rglob("*.safetensors")) <= 16_000_000
+    smoke = load(TINY.parents[2] / "configs" / "smoke.yaml")
+    assert_same_weights(build_vae(smoke), pipe.vae)  # what `vae_weights: shipped` means
 
 
 # ---- what comes out

@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
+from vdm.generate import PROMPTS as PROMPTS_BUILT_IN
+
 Command = Callable[..., Any]
 PROMPTS = ("Pushing a red ball from left to right", "Holding a blue cup")
 KEYS = {
@@ -120,3 +122,12 @@ def test_every_flag_reaches_the_model_and_the_record(command: Command, finished_
         assert {key: record[key] for key in expected} == expected
         assert clip.shape == (2, 20, 24, 3)
     assert len({clip.tobytes() for clip in clips(out)}) == 4
+
+
+def test_without_a_checkpoint_the_shipped_model_makes_the_built_in_prompts(command: Command, tmp_path: Path) -> None:
+    result = command("sample.py", "--steps", 1, "--num_frames", 2, "--output_dir", tmp_path)
+    assert result.code == 0, result.err
+    log = records(tmp_path)
+    assert [record["prompt"] for record in log] == list(PROMPTS_BUILT_IN)
+    assert {record["checkpoint"] for record in log} == {"demo"}
+    assert [clip.shape for clip in clips(tmp_path)] == [(2, 64, 64, 3)] * len(log)
