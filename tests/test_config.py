@@ -148,7 +148,7 @@ REFUSED = [
     ("pin_memory: 1", "data.pin_memory must be true or false, got '1'"),
     ("mixed_precision: fp8", "training.mixed_precision must be one of no, fp16, bf16, got 'fp8'"),
     ("mixed_precision: [no]", "training.mixed_precision must be one of no, fp16, bf16, got ['no']"),
-    ("optimizer: sgd", "training.optimizer must be adamw, got 'sgd'"),
+    ("optimizer: sgd", "training.optimizer must be one of adamw, muon, got 'sgd'"),
     ("negative_prompt: {a: b}", "sampling.negative_prompt must be text, got {'a': 'b'}"),
     ("vae_channels: 32", "vae.vae_channels must be a list, each item a whole number, got '32'"),
     ("vae_channels: [32, x]", "vae.vae_channels must be a list, each item a whole number, got ['32', 'x']"),

@@ -47,8 +47,8 @@ class Config:
         self._check_frames()
 
     def _check_networks(self) -> None:
-        if self.training.task == "vae":
-            return  # no UNet and no text tower
+        if self.training.task != "unet":
+            return  # none is built
         channels, width = self.model.in_channels, self.model.context_dim
         if channels != self.vae.latent_channels:
             raise UserError(f"model.in_channels={channels} must equal vae.latent_channels={self.vae.latent_channels}")

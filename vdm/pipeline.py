@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,9 +45,26 @@ def build_components(config: Config) -> Components:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         unet, text_encoder = UNet3D(config.model), TextEncoder(config.text)
-    if config.text.text_weights is not None:
-        load_open_clip(text_encoder, config.text.text_weights)
+    _start_text(text_encoder)
     return Components(unet, vae, text_encoder, NoiseSchedule(config.diffusion))
+
+
+def build_text_encoder(config: Config) -> TextEncoder:
+    """The text encoder alone: random weights from `config.seed`, then those that `config` names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        text_encoder = TextEncoder(config.text)
+    _start_text(text_encoder)
+    return text_encoder
+
+
+def _start_text(text_encoder: TextEncoder) -> None:
+    """Fill a text encoder with the weights that its own config names: a checkpoint folder's, or open_clip's."""
+    weights = text_encoder.config.text_weights
+    if weights is not None and (Path(weights) / CONFIG).is_file():
+        _load_trained(text_encoder, Path(weights), "text", free=("text_weights", "text_trainable"))
+    elif weights is not None:
+        load_open_clip(text_encoder, weights)
 
 
 def build_vae(config: Config) -> VideoVAE:
@@ -56,21 +73,20 @@ def build_vae(config: Config) -> VideoVAE:
         torch.manual_seed(config.seed)
         vae = VideoVAE(config.vae)
     if config.vae.vae_weights is not None:
-        _load_vae(vae, SHIPPED if config.vae.vae_weights == "shipped" else Path(config.vae.vae_weights))
+        path = SHIPPED if config.vae.vae_weights == "shipped" else Path(config.vae.vae_weights)
+        # The scaling factor is no property of the weights, but of how diffusion is to see their latents.
+        _load_trained(vae, path, "vae", free=("vae_weights", "scaling_factor"))
     return vae
 
 
-def _load_vae(vae: VideoVAE, path: Path) -> None:
-    """Fill `vae` from a checkpoint folder, whose own `vae` section must agree with the one `vae` was built from.
-
-    The scaling factor may differ: it is no property of the weights, but of how diffusion is to see their latents.
-    """
+def _load_trained(module: VideoVAE | TextEncoder, path: Path, part: str, *, free: Collection[str]) -> None:
+    """Fill a part from a checkpoint folder, whose config of that part must agree in all but the keys `free`."""
     read_manifest(path)
-    theirs = asdict(load(path / CONFIG).vae)
-    for key, ours in asdict(vae.config).items():
-        if key not in ("vae_weights", "scaling_factor") and ours != theirs[key]:
-            raise UserError(f"vae.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
-    load_part(vae, path, "vae")
+    theirs = asdict(getattr(load(path / CONFIG), part))
+    for key, ours in asdict(module.config).items():
+        if key not in free and ours != theirs[key]:
+            raise UserError(f"{part}.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
+    load_part(module, path, part)
 
 
 def load_part(module: nn.Module, path: Path, part: str) -> None:

@@ -56,21 +56,23 @@ def test_the_middle_of_the_reference_recipe() -> None:
 
 
 def test_the_optimizer_takes_the_config_at_its_word() -> None:
-    frozen, free = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
+    frozen, free = nn.LayerNorm(2).requires_grad_(False), nn.LayerNorm(3, bias=False)
     config = TrainingConfig(learning_rate=0.3, adam_beta1=0.5, adam_beta2=0.25, epsilon=1e-3, weight_decay=0.125)
     optimizer = build_optimizer([frozen, free], config)
     (group,) = optimizer.param_groups
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert [parameter is free for parameter in group["params"]] == [True]
+    assert [parameter is free.weight for parameter in group["params"]] == [True]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.25), 1e-3, 0.125)
 
 
 def test_one_step_is_adamw_as_published() -> None:
     """First step of Loshchilov and Hutter 2019, algorithm 2: the bias-corrected moments are g and g squared."""
-    weight = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    module = nn.LayerNorm(2, bias=False, dtype=torch.float64)
+    weight = module.weight
+    weight.data = torch.tensor([2.0, -1.0], dtype=torch.float64)
     config = TrainingConfig(learning_rate=0.1, weight_decay=0.5, epsilon=1e-2)
     gradient = torch.tensor([0.5, -0.25], dtype=torch.float64)
     expected = weight.detach() * (1 - 0.1 * 0.5) - 0.1 * gradient / (gradient.abs() + 1e-2)
     weight.grad = gradient.clone()
-    build_optimizer([weight], config).step()
+    build_optimizer([module], config).step()
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0.0)

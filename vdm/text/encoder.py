@@ -22,7 +22,8 @@ class TextConfig:
 
     `text_layers` counts the last layer too, though the context is read before it (so that layer is never built).
     `text_weights` is what a new run starts from: an open_clip model and tag ("ViT-H-14/laion2b_s32b_b79k", which
-    open_clip downloads), an open_clip weight file, or null (random). `text_trainable` trains the tower with the UNet.
+    open_clip downloads), an open_clip weight file, a checkpoint folder (of `training.task: text`, say), or null
+    (random). `text_trainable` trains the tower with the UNet.
     """
 
     text_width: int = 1024
@@ -65,10 +66,15 @@ class TextEncoder(nn.Module):
         self.register_buffer("seen_tokens", torch.zeros(VOCABULARY, dtype=torch.bool))
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
+        return self.pooled_and_context(prompts)[1]
+
+    def pooled_and_context(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The end-of-text token alone (B, text_width), which stands for the whole prompt, and the context."""
         tokens = self.tokenizer(list(prompts)).to(self.seen_tokens.device)
         if self.training:
             self.seen_tokens[tokens.flatten()] = True
-        return self.tower(tokens)[1]
+        pooled, context = self.tower(tokens)
+        return pooled, context
 
 
 def pack_vocabulary(state: dict[str, Tensor]) -> dict[str, Tensor]:

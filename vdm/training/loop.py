@@ -73,7 +73,7 @@ class Trainer:
         self.step = 0
         self.trained = task.trained()
         self.parameters = [p for module in self.trained.values() for p in module.parameters()]
-        self.optimizer = build_optimizer(self.parameters, self.settings)
+        self.optimizer = build_optimizer(self.trained.values(), self.settings)
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = EMA(self.trained, decay=self.settings.ema_decay)
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")

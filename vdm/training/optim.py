@@ -8,18 +8,34 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from vdm.training.muon import Muon
 from vdm.training.settings import TrainingConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over all parameters alike, as the reference recipe has it."""
-    return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
+def build_optimizer(modules: Iterable[nn.Module], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over all parameters alike, as the reference recipe has it, or Muon."""
+    modules = list(modules)
+    learn = [p for module in modules for p in module.parameters() if p.requires_grad]
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(learn, **settings)
+    matrices = {id(p) for module in modules for p in _matrices(module)}
+    return Muon(
+        [p for p in learn if id(p) in matrices], [p for p in learn if id(p) not in matrices], **settings
     )
+
+
+def _matrices(module: nn.Module) -> Iterable[nn.Parameter]:
+    """Weights that map vectors to vectors: neither tables of embeddings nor what has one axis."""
+    for layer in module.modules():
+        for name, p in layer.named_parameters(recurse=False):
+            if name.endswith("weight") and p.ndim > 1 and not isinstance(layer, nn.Embedding):
+                yield p
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

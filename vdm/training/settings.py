@@ -13,14 +13,15 @@ from vdm.errors import UserError
 class TrainingConfig:
     """How a run is trained. A step is an optimizer step: batch_size x gradient_accumulation_steps x processes clips."""
 
-    task: Literal["unet", "vae"] = "unet"  # "unet" trains the UNet, and the text tower where that is trainable
+    # "unet" trains the UNet, and the text tower where that is trainable; "text" trains the text tower against clips
+    task: Literal["unet", "vae", "text"] = "unet"
     batch_size: int = 4  # clips per process and micro-step
     gradient_accumulation_steps: int = 1
     effective_batch_size: int | None = None  # only checked: clips per step over all processes
     num_gpus: int | None = None  # only checked; null counts as one process
     init_from: str | None = None  # checkpoint folder whose weights the run starts from
 
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     lr_scheduler: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 0

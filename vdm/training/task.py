@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.config import Config
@@ -22,8 +23,9 @@ from vdm.data.loader import Batch, ClipDataset
 from vdm.data.video import contact_sheet, to_uint8, write_video
 from vdm.diffusion import ddpm_loss
 from vdm.errors import UserError
-from vdm.models.vae import LatentDistribution
-from vdm.pipeline import TextToVideo, build_components, build_vae
+from vdm.models.vae import LatentDistribution, VideoVAE
+from vdm.models.video_tower import ContrastiveHead
+from vdm.pipeline import TextToVideo, build_components, build_text_encoder, build_vae
 
 Split = Literal["train", "validation"]
 NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed
@@ -70,23 +72,10 @@ class Task(ABC):
         """Write what the model does now as clips and a contact sheet; `batch` holds validation clips."""
 
 
-class UNetTask(Task):
-    """Denoise the latents of captioned clips with a frozen VAE, the text tower learning along where it may."""
+class LatentTask(Task):
+    """A task on the latents of captioned clips, which a frozen VAE makes: live, or once where they are to be cached."""
 
-    def build(self) -> dict[str, nn.Module]:
-        frozen = {"vae.vae_weights": self.config.vae.vae_weights}
-        if not self.config.text.text_trainable:
-            frozen["text.text_weights"] = self.config.text.text_weights
-        for key, weights in frozen.items():
-            if weights is None:
-                print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
-        self.parts = build_components(self.config)
-        self.parts.schedule.to(self.device)
-        return self.parts.modules()
-
-    def trained(self) -> dict[str, nn.Module]:
-        names = ("unet", "text") if self.config.text.text_trainable else ("unet",)
-        return {name: self.modules[name] for name in names}
+    vae: VideoVAE
 
     def dataset(self, split: Split) -> ClipDataset:
         plain = super().dataset(split)
@@ -97,12 +86,33 @@ class UNetTask(Task):
 
     @torch.no_grad()
     def _moments(self, video: Tensor) -> Tensor:
-        return self.parts.vae.encode(video.to(self.device)).moments
+        return self.vae.encode(video.to(self.device)).moments
+
+    def _posterior(self, batch: Batch) -> LatentDistribution:
+        moments = batch.video.to(self.device) if self.config.data.cache_latents else self._moments(batch.video)
+        return LatentDistribution(moments, self.vae.config.scaling_factor)
 
     def _latents(self, batch: Batch) -> Tensor:
-        moments = batch.video.to(self.device) if self.config.data.cache_latents else self._moments(batch.video)
-        posterior = LatentDistribution(moments, self.parts.vae.config.scaling_factor)
-        return posterior.sample([clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions])
+        generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
+        return self._posterior(batch).sample(generators)
+
+
+class UNetTask(LatentTask):
+    """Denoise the latents of captioned clips, the text tower learning along where it may."""
+
+    def build(self) -> dict[str, nn.Module]:
+        frozen = {"vae.vae_weights": self.config.vae.vae_weights}
+        if not self.config.text.text_trainable:
+            frozen["text.text_weights"] = self.config.text.text_weights
+        _warn_of_random(frozen)
+        self.parts = build_components(self.config)
+        self.parts.schedule.to(self.device)
+        self.vae = self.parts.vae
+        return self.parts.modules()
+
+    def trained(self) -> dict[str, nn.Module]:
+        names = ("unet", "text") if self.config.text.text_trainable else ("unet",)
+        return {name: self.modules[name] for name in names}
 
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
         """The diffusion loss; in validation the captions are all kept, and draws come from a stream of their own."""
@@ -132,6 +142,46 @@ class UNetTask(Task):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
         _write_preview(folder, video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps)
+
+
+class TextTask(LatentTask):
+    """Pretrain the text tower to tell which caption of a batch belongs to which clip (CLIP, arXiv 2103.00020).
+
+    A tower that learns from denoising alone must find the order of words through the blur of a noisy clip; here that
+    is the shortest way to tell two captions apart. The clips of one micro-step are each other's counterexamples, so
+    gradient accumulation is no substitute for a large batch.
+    """
+
+    def build(self) -> dict[str, nn.Module]:
+        _warn_of_random({"vae.vae_weights": self.config.vae.vae_weights})
+        self.vae = build_vae(self.config)
+        self.text_encoder = build_text_encoder(self.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.head = ContrastiveHead(self.config.vae.latent_channels, self.config.text.text_width)
+        return {"vae": self.vae, "text": self.text_encoder, "contrast": self.head}
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"text": self.text_encoder, "contrast": self.head}
+
+    def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        """Cross-entropy both ways; clips of one caption share it, and `retrieval` counts any of them as right."""
+        latents = self._latents(batch) if training else self._posterior(batch).mode()
+        logits = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0])
+        same = torch.tensor([[a == b for b in batch.captions] for a in batch.captions], device=logits.device)
+        target = same / same.sum(dim=1, keepdim=True)
+        return {
+            "loss": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2,
+            "retrieval": same.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean(),
+        }
+
+    @torch.no_grad()
+    def preview(self, folder: Path, batch: Batch) -> None:
+        """Every clip under the caption of the batch that fits it best."""
+        latents = self._posterior(batch).mode()
+        best = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0]).argmax(dim=1)
+        captions = [batch.captions[i] for i in best.tolist()]
+        _write_preview(folder, self.vae.decode(latents), captions, self.config.data.fps)
 
 
 class VAETask(Task):
@@ -180,6 +230,12 @@ class VAETask(Task):
         _write_preview(folder, pairs, names, self.config.data.fps)
 
 
+def _warn_of_random(frozen: Mapping[str, str | None]) -> None:
+    for key, weights in frozen.items():
+        if weights is None:
+            print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
+
+
 def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: float) -> None:
     """Clips (B,3,T,H,W) in [-1,1] as mp4 files and one contact sheet."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +245,7 @@ def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: fl
     contact_sheet(folder / "contact_sheet.png", clips, captions=list(captions))
 
 
-TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask}
+TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask, "text": TextTask}
 
 
 def build_task(config: Config, device: torch.device) -> Task:
