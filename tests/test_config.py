@@ -242,7 +242,7 @@ COUNT = st.integers(min_value=1, max_value=10**12)
 
 TRAINING = st.builds(
     TrainingConfig,
-    task=st.sampled_from(["unet", "vae"]),
+    task=st.sampled_from(["unet", "vae", "text"]),
     batch_size=COUNT,
     learning_rate=NUMBER,
     epsilon=NUMBER,

@@ -15,7 +15,7 @@ from vdm.checkpoint import read_manifest, save_checkpoint
 from vdm.config import Config, load, to_yaml
 from vdm.diffusion import initial_noise
 from vdm.errors import UserError
-from vdm.pipeline import SHIPPED, build_components, build_vae, load_part, save_parts
+from vdm.pipeline import SHIPPED, build_components, build_text_encoder, build_vae, load_part, save_parts
 from vdm.text.encoder import TOKEN_TABLE
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
@@ -140,6 +140,18 @@ def test_what_the_weights_were_made_from_need_not_be_there(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "vae").rename(tmp_path / "gone")
     assert_same_model(TextToVideo.from_pretrained(tmp_path / "model"), model)
+
+
+def test_a_text_encoder_starts_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    save_parts(tmp_path / "text", make().config, {"text": make("seed=7").text_encoder})
+    weights = f"text.text_weights={tmp_path / 'text'}"
+    for start in (build_components(tiny(weights)).text_encoder, build_text_encoder(tiny(weights))):
+        assert_same_weights(start, make("seed=7").text_encoder)
+    with pytest.raises(UserError, match="text.text_heads is 2, but .*text was trained with 1; use that"):
+        build_text_encoder(tiny(weights, "text.text_heads=2"))
+    (tmp_path / "text" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has no manifest.json"):
+        build_text_encoder(tiny(weights))
 
 
 def test_the_shipped_model_is_there_and_small() -> None:

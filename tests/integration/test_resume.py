@@ -126,8 +126,9 @@ def first_half(run_dir: Path, copy: Path) -> Path:
         ("data.cache_latents=true", "data.min_frames=2", "text.text_trainable=false"),
         ("data.min_frames=2", "training.mixed_precision=bf16", "training.gradient_checkpointing=true"),
         ("training.task=vae", "training.edge_weight=0.5"),
+        ("training.task=text", "training.optimizer=muon", "data.cache_latents=true"),
     ],
-    ids=["text tower", "dropout and accumulation", "cached latents", "bf16 and recomputed", "vae"],
+    ids=["text tower", "dropout and accumulation", "cached latents", "bf16 and recomputed", "vae", "text alone, muon"],
 )
 def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
     whole: Callable[..., Path], tmp_path: Path, overrides: tuple[str, ...]

@@ -142,3 +142,16 @@ def test_an_autoencoder_trains_and_a_unet_on_it(command: Command, tmp_path: Path
     assert ours == theirs
     alone = command("sample.py", "--checkpoint", vae / "final", "--output_dir", tmp_path / "out")
     assert "holds no weights of unet, only of vae" in alone.error
+
+
+def test_a_text_tower_trains_and_a_unet_with_it(command: Command, tmp_path: Path) -> None:
+    text, run_dir = tmp_path / "text", tmp_path / "run"
+    result = command("train.py", TINY, f"run_dir={text}", "training.task=text", *SHORT)
+    assert result.code == 0, result.err
+    assert {"loss", "retrieval", "val_loss", "val_retrieval"} <= records(text)[-1].keys()
+    assert set(read_manifest(text / "final").parts) == {"vae", "text", "contrast"}
+    frozen = ("text.text_trainable=false", f"text.text_weights={text / 'final'}")
+    result = command("train.py", TINY, f"run_dir={run_dir}", *frozen, *SHORT)
+    assert result.code == 0, result.err
+    ours, theirs = ((folder / "final" / "text.safetensors").read_bytes() for folder in (text, run_dir))
+    assert ours == theirs

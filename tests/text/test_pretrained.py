@@ -124,12 +124,12 @@ def test_a_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("source", ["ViT-H-14", "ViT-H-14/no-such-tag", "no-such-file.pt", "", "a/b/c"])
 def test_what_is_neither_a_file_nor_a_model_is_named(source: str) -> None:
-    with pytest.raises(UserError, match=f"^text.text_weights: {source} is neither a file nor an open_clip MODEL/TAG"):
+    with pytest.raises(UserError, match=f"^text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip"):
         load_open_clip(TextEncoder(CONFIG), source)
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is neither a file nor"):
+    with pytest.raises(UserError, match="is neither a checkpoint folder"):
         load_open_clip(TextEncoder(CONFIG), str(tmp_path))
 
 

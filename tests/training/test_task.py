@@ -15,7 +15,7 @@ from vdm.data.latents import LatentDataset
 from vdm.data.loader import Batch, batches
 from vdm.data.video import read_clip
 from vdm.errors import UserError
-from vdm.training.task import NOISE, POSTERIOR, Task, UNetTask, VAETask, build_task, clip_generator
+from vdm.training.task import NOISE, POSTERIOR, Task, TextTask, UNetTask, VAETask, build_task, clip_generator
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"
 CPU = torch.device("cpu")
@@ -39,6 +39,12 @@ def unet_task(*overrides: str) -> UNetTask:
 def vae_task(*overrides: str) -> VAETask:
     task = build_task(tiny("training.task=vae", *overrides), CPU)
     assert isinstance(task, VAETask)
+    return task
+
+
+def text_task(*overrides: str) -> TextTask:
+    task = build_task(tiny("training.task=text", *overrides), CPU)
+    assert isinstance(task, TextTask)
     return task
 
 
@@ -255,6 +261,61 @@ def test_the_autoencoders_preview_shows_clips_beside_reconstructions(tmp_path: P
     assert (shown / 127.5 - 1.0 - batch.video[0]).abs().mean() < 0.1, "the first is the clip itself"
 
 
+# ---- the text tower's task
+
+
+def test_the_text_tower_learns_and_the_autoencoder_does_not() -> None:
+    task = text_task()
+    assert set(task.modules) == {"vae", "text", "contrast"} and set(task.trained()) == {"text", "contrast"}
+    task.losses(batch_of(task, 0, 1, 2), training=True)["loss"].backward()
+    for part, module in task.modules.items():
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters()) is (part != "vae"), part
+    assert int(task.text_encoder.seen_tokens.sum()) == 0, "in evaluation mode nothing counts as seen"
+    task.text_encoder.train()
+    loss(task, batch_of(task, 0))
+    assert int(task.text_encoder.seen_tokens.sum()) > 3
+
+
+def test_the_contrastive_loss_by_hand() -> None:
+    """Three clips, two of them of one caption: float64 cross-entropies of both directions."""
+    task = text_task()
+    batch = replace(batch_of(task, 0, 1, 2), captions=["a red ball", "a blue cup", "a red ball"])
+    table = torch.tensor([[2.0, 0.0, 1.0], [0.5, -1.0, 0.0], [1.0, 3.0, 0.0]])
+    task.head.forward = lambda latents, pooled: table  # type: ignore[method-assign]
+    losses = task.losses(batch, training=False)
+    right = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64)
+    both = [-(right * scores.double().log_softmax(dim=1)).sum(1).mean() for scores in (table, table.T)]
+    assert float(losses["loss"]) == pytest.approx(float(sum(both) / 2), rel=1e-6)
+    assert float(losses["retrieval"]) == pytest.approx(1 / 3), "of the first clip alone the best caption is right"
+
+
+def test_the_order_of_the_batch_does_not_matter() -> None:
+    task = text_task()
+    forth, back = loss(task, batch_of(task, 0, 1, 2, 3)), loss(task, batch_of(task, 3, 1, 0, 2))
+    assert forth == pytest.approx(back, rel=1e-5)
+    assert loss(task, batch_of(task, 0, 1, 2, 3), training=False) != forth, "means, not draws, are validated"
+
+
+def test_the_towers_learn_which_caption_is_whose() -> None:
+    task = text_task()
+    batch = replace(
+        batch_of(task, 0, 1, 2, 3), captions=[f"from {a} to {b}" for a in ("left", "right") for b in ("right", "left")]
+    )
+    optimizer = torch.optim.Adam([p for module in task.trained().values() for p in module.parameters()], lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        task.losses(batch, training=True)["loss"].backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert float(task.losses(batch, training=False)["retrieval"]) == 1.0
+
+
+def test_the_text_preview_shows_every_clip_under_the_caption_that_fits(tmp_path: Path) -> None:
+    task = text_task("data.cache_latents=true")
+    task.preview(tmp_path, next(batches(task.dataset("validation"), batch_size=3)))
+    assert {path.name for path in tmp_path.iterdir()} == {"00.mp4", "01.mp4", "02.mp4", "contact_sheet.png"}
+
+
 # ---- what is refused, or warned of
 
 
@@ -273,6 +334,6 @@ def test_random_networks_that_never_learn_are_warned_of(
 
 
 def test_fp16_needs_a_gpu() -> None:
-    for task in ("unet", "vae"):
+    for task in ("unet", "vae", "text"):
         with pytest.raises(UserError, match="fp16 needs a CUDA device"):
             build_task(tiny("training.mixed_precision=fp16", f"training.task={task}"), CPU)
