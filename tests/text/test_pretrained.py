@@ -124,7 +124,9 @@ def test_a_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("source", ["ViT-H-14", "ViT-H-14/no-such-tag", "no-such-file.pt", "", "a/b/c"])
 def test_what_is_neither_a_file_nor_a_model_is_named(source: str) -> None:
-    with pytest.raises(UserError, match=f"^text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip"):
+    with pytest.raises(
+        UserError, match=f"^text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip"
+    ):
         load_open_clip(TextEncoder(CONFIG), source)
 
 

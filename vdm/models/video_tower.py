@@ -14,7 +14,7 @@ WIDTH, GROUPS, GRID = 64, 8, 2
 class VideoTower(nn.Module):
     """Latents (B, C, T, h, w) -> embedding (B, embed_dim), at any T, h and w.
 
-    Convolutions over space and time, then means over a grid of 2 x 2 x 2 cells: what was where, and when, survives them.
+    Convolutions over space and time, then means over a grid of 2 x 2 x 2 cells, which what, where and when survive.
     """
 
     def __init__(self, in_channels: int, embed_dim: int):

@@ -37,7 +37,9 @@ def _locate(source: str) -> Path:
     model, _, tag = source.partition("/")
     config = open_clip.get_pretrained_cfg(model, tag)
     if path.exists() or not config:
-        raise UserError(f"text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip MODEL/TAG")
+        raise UserError(
+            f"text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip MODEL/TAG"
+        )
     try:
         return Path(open_clip.download_pretrained(config))
     except OSError as error:

@@ -1,7 +1,7 @@
 """Muon: momentum whose every matrix is made orthogonal before it is applied (Jordan et al. 2024).
 
-A gradient has a few strong directions, and a plain optimizer learns those first; orthogonal updates learn all directions
-at one pace. Text is a weak one: the small models here follow their prompts several times sooner with it than with AdamW.
+A gradient has a few strong directions, and a plain optimizer learns those first; orthogonal updates learn all of them
+at one pace. What a caption says of a noisy clip is a weak one.
 """
 
 from __future__ import annotations

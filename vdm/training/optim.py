@@ -25,9 +25,7 @@ def build_optimizer(modules: Iterable[nn.Module], config: TrainingConfig) -> tor
     if config.optimizer == "adamw":
         return torch.optim.AdamW(learn, **settings)
     matrices = {id(p) for module in modules for p in _matrices(module)}
-    return Muon(
-        [p for p in learn if id(p) in matrices], [p for p in learn if id(p) not in matrices], **settings
-    )
+    return Muon([p for p in learn if id(p) in matrices], [p for p in learn if id(p) not in matrices], **settings)
 
 
 def _matrices(module: nn.Module) -> Iterable[nn.Parameter]:
