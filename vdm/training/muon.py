@@ -67,8 +67,10 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1.0 - momentum)
-            update = p.grad.lerp(state["momentum"], momentum).flatten(1)
+            gradient = p.grad
+            assert gradient is not None
+            state["momentum"].lerp_(gradient, 1.0 - momentum)
+            update = gradient.lerp(state["momentum"], momentum).flatten(1)
             alike[update.shape[0], update.shape[1]].append((p, update))
         for shape, pairs in alike.items():
             scale = ADAMW_RMS * max(shape) ** 0.5

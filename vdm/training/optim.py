@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ def build_optimizer(modules: Iterable[nn.Module], config: TrainingConfig) -> tor
     """AdamW (arXiv 1711.05101) over all parameters alike, as the reference recipe has it, or Muon."""
     modules = list(modules)
     learn = [p for module in modules for p in module.parameters() if p.requires_grad]
-    settings = {
+    settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.epsilon,
