@@ -157,6 +157,7 @@ REFUSED = [
     ("learning_rate: 0", "training.learning_rate must be above 0, got 0.0"),
     ("caption_dropout: 1.1", "training.caption_dropout must be at least 0 and at most 1, got 1.1"),
     ("seed: -1", "seed must be at least 0, got -1"),
+    (f"seed: {2**63}", "seed must be below "),
     ("name: ..", "name must be usable as the name of a folder, got '..'"),
     ("name: a/b", "name must be usable as the name of a folder, got 'a/b'"),
     ("name:", "name must be usable as the name of a folder, got ''"),

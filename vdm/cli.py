@@ -30,12 +30,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[Sequence[str]], None]) -> int:
-    """Run a command on the process's arguments and return its exit code: 0, or 2 for bad input."""
+    """Run a command on the process's arguments; returns its exit code: 0, 2 for bad input, 1 for a run that failed."""
     try:
         command(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

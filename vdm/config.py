@@ -40,6 +40,8 @@ class Config:
             raise UserError(f"name must be usable as the name of a folder, got {self.name!r}")
         if self.seed < 0:
             raise UserError(f"seed must be at least 0, got {self.seed}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2**63, got {self.seed}")
         if not self.run_dir:
             object.__setattr__(self, "run_dir", f"runs/{self.name}")
         self._check_networks()

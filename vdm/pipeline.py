@@ -61,8 +61,9 @@ def build_text_encoder(config: Config) -> TextEncoder:
 def _start_text(text_encoder: TextEncoder) -> None:
     """Fill a text encoder with the weights that its own config names: a checkpoint folder's, or open_clip's."""
     weights = text_encoder.config.text_weights
-    if weights is not None and (Path(weights) / CONFIG).is_file():
-        _load_trained(text_encoder, Path(weights), "text", free=("text_weights", "text_trainable"))
+    folder = SHIPPED if weights == "shipped" else Path(weights or "")
+    if weights is not None and (folder / CONFIG).is_file():
+        _load_trained(text_encoder, folder, "text", free=("text_weights", "text_trainable"))
     elif weights is not None:
         load_open_clip(text_encoder, weights)
 

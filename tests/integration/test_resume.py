@@ -196,6 +196,7 @@ def test_a_folder_with_checkpoints_is_refused_unless_resumed(
     [
         (("training.task=vae",), "of a run with training.task=unet, not vae"),
         (("text.text_trainable=false",), "of a run that trained text, unet"),
+        (("training.optimizer=muon",), "of a run with training.optimizer=adamw; resume it with that"),
         (("model.channel_mult=[1, 3]",), "the unet weights in .* do not fit this config: "),
         (("text.text_width=32", "model.context_dim=32"), "weights in .* do not fit this config: "),
     ],

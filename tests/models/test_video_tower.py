@@ -52,3 +52,13 @@ def test_the_temperature_is_bounded() -> None:
     head = ContrastiveHead(4, 12)
     head.logit_scale.data.fill_(math.log(1e6))
     assert head(latents(2, 4, 2, 8, 8), latents(2, 12)).abs().max() <= 100.0 + 1e-3
+
+
+def test_logits_stay_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    head = ContrastiveHead(4, 12)
+    z, text = latents(2, 4, 2, 8, 8), latents(2, 12, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(z, text)
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).any(), "nor were they ever less"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vdm.errors import UserError
-from vdm.text.encoder import TextConfig, TextEncoder
+from vdm.text.encoder import TOKEN_TABLE, TextConfig, TextEncoder, pack_vocabulary, unpack_vocabulary
 from vdm.text.pretrained import load_open_clip
 
 CONFIG = TextConfig(text_width=8, text_heads=2, text_layers=4, context_length=10)
@@ -94,6 +94,8 @@ def test_a_training_checkpoint_of_open_clip_loads(clip: nn.Module, tmp_path: Pat
     encoder = TextEncoder(CONFIG)
     load_open_clip(encoder, str(path))
     torch.testing.assert_close(context(encoder), penultimate(clip))
+    packed = unpack_vocabulary(pack_vocabulary(encoder.state_dict()))
+    assert torch.equal(packed[TOKEN_TABLE], encoder.state_dict()[TOKEN_TABLE]), "no row is lost for not being seen here"
 
 
 def test_a_model_and_tag_are_downloaded_by_open_clip(

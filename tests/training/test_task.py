@@ -319,6 +319,11 @@ def test_the_text_preview_shows_every_clip_under_the_caption_that_fits(tmp_path:
 # ---- what is refused, or warned of
 
 
+def test_one_clip_alone_has_nothing_to_be_compared_with() -> None:
+    with pytest.raises(UserError, match="set training.batch_size to 2 or more"):
+        text_task("training.batch_size=1")
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [((), ["vae.vae_weights"]), (("text.text_trainable=false",), ["vae.vae_weights", "text.text_weights"])],

@@ -45,6 +45,7 @@ class ContrastiveHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
     def forward(self, latents: Tensor, pooled: Tensor) -> Tensor:
-        video = F.normalize(self.video_tower(latents).float(), dim=1)
-        text = F.normalize(self.text_projection(pooled).float(), dim=1)
-        return self.logit_scale.exp().clamp(max=100.0) * (video @ text.T)  # CLIP's limit
+        video, text = self.video_tower(latents), self.text_projection(pooled)
+        with torch.autocast(latents.device.type, enabled=False):
+            cosines = F.normalize(video.float(), dim=1) @ F.normalize(text.float(), dim=1).T
+        return self.logit_scale.exp().clamp(max=100.0) * cosines  # CLIP's limit

@@ -22,8 +22,8 @@ class TextConfig:
 
     `text_layers` counts the last layer too, though the context is read before it (so that layer is never built).
     `text_weights` is what a new run starts from: an open_clip model and tag ("ViT-H-14/laion2b_s32b_b79k", which
-    open_clip downloads), an open_clip weight file, a checkpoint folder (of `training.task: text`, say), or null
-    (random). `text_trainable` trains the tower with the UNet.
+    open_clip downloads), an open_clip weight file, a checkpoint folder (of `training.task: text`, say), "shipped" (the
+    demo model's), or null (random). `text_trainable` trains the tower with the UNet.
     """
 
     text_width: int = 1024

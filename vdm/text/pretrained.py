@@ -28,6 +28,7 @@ def load_open_clip(encoder: TextEncoder, source: str) -> None:
             found = tuple(state[name].shape) if name in state else "nothing"
             raise UserError(f"{source} does not fit the text tower: {name} is {found}, not {tuple(tensor.shape)}")
     encoder.tower.load_state_dict({name: state[name] for name in wanted})
+    encoder.seen_tokens.fill_(True)  # every row of the table was trained, so none may be dropped when it is saved
 
 
 def _locate(source: str) -> Path:
@@ -38,7 +39,8 @@ def _locate(source: str) -> Path:
     config = open_clip.get_pretrained_cfg(model, tag)
     if path.exists() or not config:
         raise UserError(
-            f"text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip MODEL/TAG"
+            f"text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip MODEL/TAG; "
+            "train or download it first, or set it to null"
         )
     try:
         return Path(open_clip.download_pretrained(config))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vdm import checkpoint
-from vdm.config import Config, to_yaml
+from vdm.config import Config, load, to_yaml
 from vdm.data.loader import BadClips, Batch, batches
 from vdm.errors import UserError
 from vdm.pipeline import load_part, save_parts
@@ -77,7 +77,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = EMA(self.trained, decay=self.settings.ema_decay)
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
-        self.bad = BadClips(self.clips)
+        self.bad, self.bad_held_out = BadClips(self.clips), BadClips(self.held_out)
         if self.settings.gradient_checkpointing:
             for module in self.trained.values():
                 checkpoint_activations(module)
@@ -142,10 +142,12 @@ class Trainer:
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
-        if not math.isfinite(float(totals["loss"])):
-            raise FloatingPointError(
-                f"the loss is {float(totals['loss'])} at step {self.step + 1}; the last checkpoint stands"
-            )
+        measured = {"loss": float(totals["loss"])}
+        if not self.scaler.is_enabled():  # which skips steps with such gradients by itself
+            measured["gradient norm"] = float(norm)
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value} at step {self.step + 1}; the last checkpoint stands")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,6 +184,7 @@ class Trainer:
         """Mean losses over the validation clips, with draws that are the same at every call."""
         totals: dict[str, float] = {}
         for batch in batches(self.held_out, batch_size=self.settings.batch_size):
+            self.bad_held_out.note(batch.bad)
             for name, value in self._losses(batch, training=False).items():
                 share = len(batch.ids) / len(self.held_out)
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
@@ -213,8 +216,12 @@ class Trainer:
         learned = {part.removesuffix(".ema") for part in manifest.parts if part.endswith(".ema")}
         if learned and learned != set(self.trained):
             raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; set text.text_trainable so")
+        theirs = load(path / checkpoint.CONFIG).training.optimizer
+        if theirs != self.settings.optimizer:
+            raise UserError(f"{path} is of a run with training.optimizer={theirs}; resume it with that")
         state = checkpoint.load_trainer_state(path)
-        for part, module in self.trained.items():
+        # Frozen parts too: what they were first made from may have changed since.
+        for part, module in self.task.modules.items():
             try:
                 module.load_state_dict(checkpoint.load_weights(path, part))
             except RuntimeError as error:

@@ -153,6 +153,8 @@ class TextTask(LatentTask):
     """
 
     def build(self) -> dict[str, nn.Module]:
+        if self.config.training.batch_size < 2:
+            raise UserError("training.task=text compares the clips of a batch; set training.batch_size to 2 or more")
         _warn_of_random({"vae.vae_weights": self.config.vae.vae_weights})
         self.vae = build_vae(self.config)
         self.text_encoder = build_text_encoder(self.config)
