@@ -215,3 +215,13 @@ def test_a_finished_model_is_no_checkpoint_to_resume_from(whole: Callable[..., P
         train(tiny(tmp_path), resume=str(whole() / "final"))
     with pytest.raises(UserError, match="does not exist"):
         train(tiny(tmp_path), resume=str(tmp_path / "nowhere"))
+
+
+def test_frozen_parts_are_the_checkpoints_own(whole: Callable[..., Path], tmp_path: Path) -> None:
+    """Another seed would draw another random autoencoder; the resumed run keeps the one that it was trained on."""
+    reference = whole()
+    run_dir = first_half(reference, tmp_path / "run")
+    train(tiny(run_dir, "seed=5"), resume="latest")
+    assert (run_dir / "final" / "vae.safetensors").read_bytes() == (
+        reference / "final" / "vae.safetensors"
+    ).read_bytes()

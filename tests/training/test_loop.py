@@ -126,6 +126,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.parameters, strict=True))
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    batch = next(trainer._batches())
+    next(iter(trainer.trained["unet"].parameters())).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="the gradient norm is (nan|inf) at step 1"):
+        trainer.train_step([batch])
+    assert trainer.step == 0
+
+
 def test_bfloat16_trains_with_weights_in_float32(tmp_path: Path) -> None:
     exact, _ = step(trainer_of(tmp_path))
     low, gradients = step(trainer_of(tmp_path, "training.mixed_precision=bf16"))
