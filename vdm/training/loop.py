@@ -145,9 +145,9 @@ class Trainer:
         measured = {"loss": float(totals["loss"])}
         if not self.scaler.is_enabled():  # which skips steps with such gradients by itself
             measured["gradient norm"] = float(norm)
-        for name, value in measured.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the {name} is {value} at step {self.step + 1}; the last checkpoint stands")
+        for name, number in measured.items():
+            if not math.isfinite(number):
+                raise FloatingPointError(f"the {name} is {number} at step {self.step + 1}; the last checkpoint stands")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
