@@ -36,6 +36,11 @@ class Components:
         return {"unet": self.unet, "vae": self.vae, "text": self.text_encoder}
 
 
+def without_sources(config: Config) -> Config:
+    """The config for a model whose weights all come from one checkpoint: what they were first made from is history."""
+    return replace(config, vae=replace(config.vae, vae_weights=None), text=replace(config.text, text_weights=None))
+
+
 def build_components(config: Config) -> Components:
     """Build all parts of `config`, on the CPU: random weights from `config.seed`, then those that `config` names.
 
@@ -146,12 +151,11 @@ class TextToVideo:
         path = SHIPPED if path is None else Path(path)
         verify(path)
         config = load(path / CONFIG)
-        # What the weights were first made from is history: all of them are in this folder.
-        blank = replace(config, vae=replace(config.vae, vae_weights=None), text=replace(config.text, text_weights=None))
-        parts = build_components(blank)
+        config = without_sources(config)
+        parts = build_components(config)
         for part, module in parts.modules().items():
             load_part(module, path, part)
-        return cls(blank, parts)
+        return cls(config, parts)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder that `from_pretrained` reads, its floats as `dtype` (None: as they are)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from vdm.checkpoint import load_trainer_state, load_weights, read_manifest
 from vdm.config import Config, load
 from vdm.errors import UserError
+from vdm.pipeline import build_vae, save_parts
 from vdm.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,11 +218,17 @@ def test_a_finished_model_is_no_checkpoint_to_resume_from(whole: Callable[..., P
         train(tiny(tmp_path), resume=str(tmp_path / "nowhere"))
 
 
-def test_frozen_parts_are_the_checkpoints_own(whole: Callable[..., Path], tmp_path: Path) -> None:
-    """Another seed would draw another random autoencoder; the resumed run keeps the one that it was trained on."""
-    reference = whole()
-    run_dir = first_half(reference, tmp_path / "run")
-    train(tiny(run_dir, "seed=5"), resume="latest")
-    assert (run_dir / "final" / "vae.safetensors").read_bytes() == (
-        reference / "final" / "vae.safetensors"
-    ).read_bytes()
+@pytest.mark.parametrize("fate", ["another", "gone"])
+def test_a_resumed_run_takes_frozen_parts_from_its_checkpoint(tmp_path: Path, fate: str) -> None:
+    """Whatever became of the folder that they were first read from."""
+    source, run_dir = tmp_path / "vae", tmp_path / "run"
+    weights = f"vae.vae_weights={source}"
+    save_parts(source, tiny(source), {"vae": build_vae(tiny(source, "seed=1"))})
+    train(tiny(run_dir, weights, "training.max_train_steps=4"))
+    before = (run_dir / "checkpoint-4" / "vae.safetensors").read_bytes()
+    shutil.rmtree(source)
+    if fate == "another":
+        save_parts(source, tiny(source), {"vae": build_vae(tiny(source, "seed=2"))})
+    train(tiny(run_dir, weights), resume="latest")
+    assert (run_dir / "final" / "vae.safetensors").read_bytes() == before
+    assert load(run_dir / "config.yaml").vae.vae_weights == str(source), "the record of the run stays what it was"

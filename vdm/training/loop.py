@@ -15,12 +15,12 @@ from vdm import checkpoint
 from vdm.config import Config, load, to_yaml
 from vdm.data.loader import BadClips, Batch, batches
 from vdm.errors import UserError
-from vdm.pipeline import load_part, save_parts
+from vdm.pipeline import load_part, save_parts, without_sources
 from vdm.training.ema import EMA
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.runlog import RunLog
-from vdm.training.task import Task, build_task
+from vdm.training.task import Task, build_task, warn_of_random_parts
 
 AUTOCAST = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT = 2  # what a step's random stream is for; the last word of its seed
@@ -36,7 +36,9 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with checkpoint.RunLock(run_dir):
         start = _start(run_dir, resume)
-        task = build_task(config, device)
+        if start is None:
+            warn_of_random_parts(config)
+        task = build_task(config if start is None else without_sources(config), device)
         trainer = Trainer(config, task, run_dir)
         if start is not None:
             trainer.restore(start)
@@ -220,7 +222,7 @@ class Trainer:
         if theirs != self.settings.optimizer:
             raise UserError(f"{path} is of a run with training.optimizer={theirs}; resume it with that")
         state = checkpoint.load_trainer_state(path)
-        # Frozen parts too: what they were first made from may have changed since.
+        # Frozen parts too: what they were first made from may have changed, or be gone.
         for part, module in self.task.modules.items():
             try:
                 module.load_state_dict(checkpoint.load_weights(path, part))

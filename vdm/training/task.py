@@ -101,10 +101,6 @@ class UNetTask(LatentTask):
     """Denoise the latents of captioned clips, the text tower learning along where it may."""
 
     def build(self) -> dict[str, nn.Module]:
-        frozen = {"vae.vae_weights": self.config.vae.vae_weights}
-        if not self.config.text.text_trainable:
-            frozen["text.text_weights"] = self.config.text.text_weights
-        _warn_of_random(frozen)
         self.parts = build_components(self.config)
         self.parts.schedule.to(self.device)
         self.vae = self.parts.vae
@@ -155,7 +151,6 @@ class TextTask(LatentTask):
     def build(self) -> dict[str, nn.Module]:
         if self.config.training.batch_size < 2:
             raise UserError("training.task=text compares the clips of a batch; set training.batch_size to 2 or more")
-        _warn_of_random({"vae.vae_weights": self.config.vae.vae_weights})
         self.vae = build_vae(self.config)
         self.text_encoder = build_text_encoder(self.config)
         with torch.random.fork_rng(devices=[]):
@@ -232,7 +227,13 @@ class VAETask(Task):
         _write_preview(folder, pairs, names, self.config.data.fps)
 
 
-def _warn_of_random(frozen: Mapping[str, str | None]) -> None:
+def warn_of_random_parts(config: Config) -> None:
+    """Name the parts that a new run would never train and that no weights are given for."""
+    frozen: dict[str, str | None] = {}
+    if config.training.task != "vae":
+        frozen["vae.vae_weights"] = config.vae.vae_weights
+    if config.training.task == "unet" and not config.text.text_trainable:
+        frozen["text.text_weights"] = config.text.text_weights
     for key, weights in frozen.items():
         if weights is None:
             print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
