@@ -138,8 +138,8 @@ class DiskFull:
     ("owner", "function", "after"),
     [
         (Path, "mkdir", 0),
-        (safetensors.torch, "save_file", 0),
-        (safetensors.torch, "save_file", 1),
+        (checkpoint, "write_safetensors", 0),
+        (checkpoint, "write_safetensors", 1),
         (torch, "save", 0),
         (Path, "write_text", 0),
         (Path, "write_text", 1),
@@ -189,7 +189,7 @@ def test_an_interrupted_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors.torch, "save_file", interrupt)
+    monkeypatch.setattr(checkpoint, "write_safetensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(path, step=2)
     assert verify(path).info["step"] == 1

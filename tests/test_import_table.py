@@ -14,14 +14,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("data", "text", "models", "diffusion", "metrics")
-LEAVES = ("vdm.errors", "vdm.vocabulary")
+LEAVES = ("vdm.errors", "vdm.vocabulary", "vdm.weights")
 # What these may import of vdm, besides themselves. A module that is not named here may import what it needs.
 MAY_IMPORT = {
     **{f"vdm.{part}": LEAVES for part in PARTS},
     **{leaf: () for leaf in LEAVES},
+    "vdm.weights": ("vdm.errors",),
     "vdm.spelling": ("vdm.errors",),
     "vdm.training.settings": ("vdm.errors",),
-    "vdm.checkpoint": ("vdm.errors", "vdm.__version__"),
+    "vdm.checkpoint": ("vdm.errors", "vdm.weights", "vdm.__version__"),
     "kernels": (),
 }
 NEVER = ("diffusers", "transformers")

@@ -7,29 +7,26 @@ rename makes it the checkpoint. A folder without a valid manifest is never loade
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vdm import __version__
 from vdm.errors import UserError
+from vdm.weights import SUFFIX, Weights, open_weights, sha256, write_safetensors
 
 FORMAT_VERSION = 1
 CONFIG, MANIFEST, TRAINER = "config.yaml", "manifest.json", "trainer.pt"
-WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Manifest:
     @property
     def parts(self) -> list[str]:
         """Names of the sets of weights, such as "unet" and "unet.ema"."""
-        return [name.removesuffix(WEIGHTS) for name in self.files if name.endswith(WEIGHTS)]
+        return [name.removesuffix(SUFFIX) for name in self.files if name.endswith(SUFFIX)]
 
 
 def save_checkpoint(
@@ -65,28 +62,41 @@ def save_checkpoint(
 ) -> None:
     """Write the folder `path` in one step; one that is there is replaced once the new one is complete.
 
-    `weights` maps a part's name, such as "unet.ema", to its state dict; `trainer_state` holds tensors and plain values;
-    `info` holds JSON values. Raises UserError if the disk refuses, and then leaves what was there before.
+    `weights` maps a part's name, such as "unet.ema", to its state dict, which may be read as it is written;
+    `trainer_state` holds tensors and plain values; `info` holds JSON values. Raises UserError if the disk refuses, and
+    then leaves what was there before.
+    """
+    with written_whole(path, replaces="checkpoint", may_replace=_holds_only_ours) as folder:
+        for part, tensors in weights.items():
+            write_safetensors(folder / f"{part}{SUFFIX}", tensors)
+        if trainer_state is not None:
+            _save_state(dict(trainer_state), folder / TRAINER)
+        (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+        files = {file.name: _record(file) for file in sorted(folder.iterdir())}
+        manifest = Manifest(FORMAT_VERSION, __version__, dict(info), files)
+        (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: str | Path, *, replaces: str, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """A hidden folder to write into, which becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises UserError where the disk refuses, or where `path` is there and is no `replaces` that `may_replace`.
     """
     path = Path(path).resolve()
     folder = _beside(path, "tmp")
     try:
-        with _writing(path):
-            if path.exists() and not _holds_only_ours(path):
-                raise UserError(f"{path} exists and is not a checkpoint; choose another folder or remove it")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            for part, tensors in weights.items():
-                safetensors.torch.save_file(_separate(tensors), folder / f"{part}{WEIGHTS}")
-            if trainer_state is not None:
-                _save_state(dict(trainer_state), folder / TRAINER)
-            (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
-            files = {file.name: _record(file) for file in sorted(folder.iterdir())}
-            manifest = Manifest(FORMAT_VERSION, __version__, dict(info), files)
-            (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-            for written in (*folder.iterdir(), folder):
-                _sync(written)
-            _put_in_place(folder, path)
+        if path.exists() and not may_replace(path):
+            raise UserError(f"{path} exists and is not a {replaces}; choose another folder or remove it")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        for written in (*folder.rglob("*"), folder):
+            _sync(written)
+        _put_in_place(folder, path)
+    except OSError as error:
+        remedy = "free space there or choose another folder"
+        raise UserError(f"{replaces} {path} cannot be written: {error}; {remedy}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -94,33 +104,11 @@ def save_checkpoint(
 def _holds_only_ours(path: Path) -> bool:
     """Whether replacing `path` could destroy nothing but a checkpoint, be it half-written."""
     ours = (CONFIG, MANIFEST, TRAINER)
-    return path.is_dir() and all(file.name in ours or WEIGHTS in file.name for file in path.iterdir())
+    return path.is_dir() and all(file.name in ours or SUFFIX in file.name for file in path.iterdir())
 
 
 def _beside(path: Path, purpose: str) -> Path:
     return path.with_name(f".{path.name}.{purpose}-{os.getpid()}")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What the disk refuses is the user's to mend; safetensors has an error of its own for that."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        remedy = "free space there or choose another folder"
-        raise UserError(f"checkpoint {path} cannot be written: {error}; {remedy}") from error
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in the same memory, which safetensors refuses."""
-    separate: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return separate
 
 
 def _save_state(state: dict[str, Any], file: Path) -> None:
@@ -157,11 +145,7 @@ def _sync(path: Path) -> None:
 
 
 def _record(file: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return FileRecord(bytes=file.stat().st_size, sha256=digest.hexdigest())
+    return FileRecord(bytes=file.stat().st_size, sha256=sha256(file))
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -216,13 +200,13 @@ def _checked(path: Path, manifest: Manifest, name: str) -> Path:
     return file
 
 
-def load_weights(path: str | Path, part: str) -> dict[str, Tensor]:
-    """The state dict of one part, on the CPU, after a check of its file. Raises UserError."""
+def load_weights(path: str | Path, part: str) -> Weights:
+    """The state dict of one part, after a check of its file. Raises UserError."""
     manifest = read_manifest(path)
     if part not in manifest.parts:
         there = ", ".join(manifest.parts) or "nothing"
         raise UserError(f"checkpoint {path} holds no weights of {part}, only of {there}")
-    return safetensors.torch.load_file(_checked(Path(path), manifest, f"{part}{WEIGHTS}"))
+    return open_weights(_checked(Path(path), manifest, f"{part}{SUFFIX}"))
 
 
 def load_trainer_state(path: str | Path) -> dict[str, Any]:

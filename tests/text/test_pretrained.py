@@ -141,7 +141,7 @@ def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     "changes, shapes",
     [
         ({"text_width": 16}, r"positional_embedding.*\(10, 8\).*\(10, 16\)"),
-        ({"text_layers": 6}, r"transformer.resblocks.4.*nothing.*\(8,\)"),
+        ({"text_layers": 6}, r"has no transformer.resblocks.4.*\(8,\)"),
         ({"context_length": 77}, r"positional_embedding.*\(10, 8\).*\(77, 8\)"),
     ],
 )
@@ -151,7 +151,7 @@ def test_weights_of_another_shape_are_named(
     path = save(clip.state_dict(), tmp_path / "weights.pt")
     encoder = TextEncoder(TextConfig(**{**CONFIG.__dict__, **changes}))
     before = context(encoder)
-    with pytest.raises(UserError, match=f"does not fit the text tower: {shapes}"):
+    with pytest.raises(UserError, match=shapes):
         load_open_clip(encoder, str(path))
     assert torch.equal(context(encoder), before), "a refused file changes nothing"
 
@@ -161,7 +161,7 @@ def test_weights_of_another_shape_are_named(
 def test_a_file_that_holds_no_weights_is_named(suffix: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"weights{suffix} cannot be read as a weight file .*download it again"):
+    with pytest.raises(UserError, match=f"weights{suffix} cannot be read as a weight file .*download or copy it again"):
         load_open_clip(TextEncoder(CONFIG), str(path))
 
 
