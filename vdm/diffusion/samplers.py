@@ -77,15 +77,16 @@ def ddim_sample(
     """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by DDIM (Song et al. 2021, eq. 12 and 16).
 
     eta goes from 0, deterministic, to 1, where each step has the distribution of `ddpm_sample`'s; above 0 it needs one
-    generator a clip. Steps go from one timestep visited to the next, which is diffusers' DDIMScheduler wherever
-    num_steps divides num_train_timesteps (elsewhere its steps end beside the next timestep, and not on a clean clip).
+    generator a clip. Which timesteps there are and where each step leads, the schedule's config says. x in float64 is
+    denoised in float64.
     Raises UserError for an eta outside [0, 1], too many steps, or generators that are missing or do not match x.
     """
     _check_eta(eta)
     generators = _one_each(generators, x) if eta > 0.0 else None
-    x = x.float()
-    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=schedule.final_alpha_cumprod)):
-        x0, eps = _predict(denoise, x, schedule, t)
+    x = _lifted(x)
+    path = schedule.transitions(num_steps, end=schedule.final_alpha_cumprod, stride=schedule.config.ddim_stride)
+    for index, (t, now, then) in enumerate(path):
+        x0, eps = _predict(denoise, x, schedule, t, now)
         variance = eta**2 * _posterior_variance(now, then)
         x = math.sqrt(then) * x0 + math.sqrt(1.0 - then - variance) * eps
         x = _add_step_noise(x, variance, generators)
@@ -111,9 +112,9 @@ def ddpm_sample(
     Raises UserError for too many steps, or generators that are missing or do not match x.
     """
     generators = _one_each(generators, x)
-    x = x.float()
+    x = _lifted(x)
     for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)):
-        x0, _ = _predict(denoise, x, schedule, t)
+        x0, _ = _predict(denoise, x, schedule, t, now)
         alpha = now / then  # of this step alone; 0 when x is pure noise, and then x0 is all that counts
         x = math.sqrt(then) * (1.0 - alpha) / (1.0 - now) * x0 + math.sqrt(alpha) * (1.0 - then) / (1.0 - now) * x
         x = _add_step_noise(x, _posterior_variance(now, then), generators)
@@ -122,9 +123,26 @@ def ddpm_sample(
     return x
 
 
-def _predict(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, t: int) -> tuple[Tensor, Tensor]:
-    steps = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
-    return schedule.predictions(denoise(x, steps).float(), x, steps)
+def _lifted(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _predict(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, t: int, alpha_bar: float) -> tuple[Tensor, Tensor]:
+    """(x0, limited as the config says; eps, never limited)."""
+    output = denoise(x, torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)).to(x.dtype)
+    amplitudes = {"signal": math.sqrt(alpha_bar), "noise": math.sqrt(1.0 - alpha_bar)}
+    x0, eps = schedule.predictions_at(output, x, **amplitudes)
+    config = schedule.config
+    if config.thresholding:
+        frames = x0.transpose(1, 2).flatten(2) if x0.ndim == 5 else x0.flatten(1)  # (B,T,C*h*w), or (B,*)
+        limit = torch.quantile(frames.abs(), config.dynamic_thresholding_ratio, dim=-1)
+        limit = limit.clamp(1.0, config.sample_max_value)
+        limit = limit[:, None, :, None, None] if x0.ndim == 5 else limit.reshape(-1, *[1] * (x0.ndim - 1))
+        x0 = x0.clamp(-limit, limit) / limit
+    elif config.clip_sample:
+        x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+    return x0, eps
 
 
 def _posterior_variance(now: float, then: float) -> float:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +28,15 @@ class DiffusionConfig:
     noise_shift: s multiplies noise / signal at every step by s (Hoogeboom et al. 2023, "simple diffusion", eq. 3-4).
     zero_terminal_snr: the last step is pure noise (Lin et al. 2024, arXiv 2305.08891, algorithm 1); after noise_shift.
     loss_weighting: see `NoiseSchedule.loss_weight`; min_snr_gamma is the clamp of "min_snr" and of "velocity".
+    trained_betas: the schedule itself, one number a step, instead of a named one; noise_shift and zero_terminal_snr
+        still apply.
     timestep_spacing, steps_offset, set_alpha_to_one: the subset of steps a sampler visits, and the alpha_bar on which
-        DDIM ends (1, or that of step 0); steps_offset is for "leading" only. Same meaning as in diffusers.
+        DDIM ends (1, or that of step 0); steps_offset is for "leading" only. Same meaning as in diffusers, and
+        "modelscope" is the original's: 1, 1 + s, 1 + 2s ... with s = num_train_timesteps // num_steps, to the end.
+    ddim_stride: DDIM steps from each timestep to the next one "visited"; or by the "constant" s as the original and
+        diffusers do, which is the same where num_steps divides num_train_timesteps, and else ends beside it.
+    clip_sample (to +-clip_sample_range), thresholding (dynamic, Saharia et al. 2022, arXiv 2205.11487, section 2.3; per
+        frame) limit the predicted clip x0 at each step. Same meaning as in diffusers, where latents need neither.
     """
 
     num_train_timesteps: int = 1000
@@ -40,15 +48,23 @@ class DiffusionConfig:
     noise_shift: float = 1.0
     loss_weighting: Literal["uniform", "min_snr", "velocity"] = "uniform"
     min_snr_gamma: float = 5.0
-    timestep_spacing: Literal["trailing", "leading"] = "trailing"
+    trained_betas: tuple[float, ...] | None = None
+    timestep_spacing: Literal["trailing", "leading", "linspace", "modelscope"] = "trailing"
     steps_offset: int = 1
     set_alpha_to_one: bool = True
+    ddim_stride: Literal["visited", "constant"] = "visited"
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "cosine"))
         _one_of("prediction_type", self.prediction_type, ("epsilon", "v", "x0"))
         _one_of("loss_weighting", self.loss_weighting, ("uniform", "min_snr", "velocity"))
-        _one_of("timestep_spacing", self.timestep_spacing, ("trailing", "leading"))
+        _one_of("timestep_spacing", self.timestep_spacing, ("trailing", "leading", "linspace", "modelscope"))
+        _one_of("ddim_stride", self.ddim_stride, ("visited", "constant"))
         if self.num_train_timesteps < 2:
             raise UserError(f"num_train_timesteps is {self.num_train_timesteps}; it must be 2 or more, such as 1000")
         if not 0.0 < self.beta_start < 1.0:
@@ -61,11 +77,33 @@ class DiffusionConfig:
             raise UserError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, such as 5")
         if not 0 <= self.steps_offset < self.num_train_timesteps:
             raise UserError(f"steps_offset is {self.steps_offset}; it must be 0 or more and below num_train_timesteps")
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+        for name, least in (("clip_sample_range", 0.0), ("sample_max_value", 1.0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least:g}")
+        if not 0.0 < self.dynamic_thresholding_ratio <= 1.0:
+            raise UserError(
+                f"dynamic_thresholding_ratio is {self.dynamic_thresholding_ratio}; it must lie above 0 and up to 1"
+            )
+        self._check_betas()
+        if self.ends_in_noise and self.prediction_type == "epsilon":
             raise UserError(
                 "prediction_type epsilon cannot be used with zero_terminal_snr, since pure noise says nothing of the "
                 "clip; set prediction_type to v or x0"
             )
+
+    def _check_betas(self) -> None:
+        betas = self.trained_betas
+        if betas is None:
+            return
+        if len(betas) != self.num_train_timesteps:
+            raise UserError(f"trained_betas holds {len(betas)} numbers; it must hold num_train_timesteps of them")
+        if not all(0.0 < beta < 1.0 for beta in betas[:-1]) or not 0.0 < betas[-1] <= 1.0:
+            raise UserError("trained_betas must lie between 0 and 1, and only the last may be 1 (zero terminal SNR)")
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing of the clip is left at the last step."""
+        return self.zero_terminal_snr or (self.trained_betas is not None and self.trained_betas[-1] == 1.0)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -123,6 +161,12 @@ class NoiseSchedule(nn.Module):
     def predictions(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Turn the network's output at x_t into its (x0, eps); finite at alpha_bar = 0 too."""
         signal, noise = _at(self.signal, t, x_t), _at(self.noise, t, x_t)
+        return self.predictions_at(output, x_t, signal=signal, noise=noise)
+
+    def predictions_at(
+        self, output: Tensor, x_t: Tensor, *, signal: Tensor | float, noise: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """As `predictions`, at a step that is given by its two amplitudes."""
         if self.config.prediction_type == "epsilon":
             return (x_t - noise * output) / signal, output
         if self.config.prediction_type == "x0":
@@ -145,7 +189,8 @@ class NoiseSchedule(nn.Module):
     def timesteps(self, num_steps: int) -> Tensor:
         """The steps a sampler visits, LongTensor (num_steps,), descending; the integers of diffusers' DDIMScheduler.
 
-        "trailing" always starts at the last step, as it must with zero terminal SNR (Lin et al. 2024, table 2).
+        "trailing" and "linspace" always start at the last step, as they must with zero terminal SNR (Lin et al. 2024,
+        table 2). "modelscope" visits more than num_steps where that does not divide num_train_timesteps.
         Raises UserError if the schedule has no num_steps such steps.
         """
         total, offset = self.config.num_train_timesteps, self.config.steps_offset
@@ -154,6 +199,10 @@ class NoiseSchedule(nn.Module):
         if self.config.timestep_spacing == "trailing":
             stride = (total - total / num_steps) - total  # rounded as np.arange does, for the same ties as diffusers
             steps = [round(total + index * stride) - 1 for index in range(num_steps)]
+        elif self.config.timestep_spacing == "linspace":
+            steps = np.linspace(0, total - 1, num_steps).round().astype(int).tolist()[::-1]
+        elif self.config.timestep_spacing == "modelscope":
+            steps = [min(step + 1, total - 1) for step in range(0, total, total // num_steps)][::-1]
         else:
             steps = [index * (total // num_steps) + offset for index in range(num_steps - 1, -1, -1)]
         if steps[0] >= total:
@@ -163,11 +212,20 @@ class NoiseSchedule(nn.Module):
             )
         return torch.tensor(steps, dtype=torch.long, device=self.betas.device)
 
-    def transitions(self, num_steps: int, *, end: float) -> list[tuple[int, float, float]]:
-        """(t, alpha_bar at t, alpha_bar at the next step visited) in float64, for each step; the last ends at `end`."""
+    def transitions(
+        self, num_steps: int, *, end: float, stride: Literal["visited", "constant"] = "visited"
+    ) -> list[tuple[int, float, float]]:
+        """(t, alpha_bar at t, alpha_bar at the step it leads to) in float64, for each step; below step 0 it is `end`.
+
+        Where a step leads to is said by `stride`, see `DiffusionConfig.ddim_stride`.
+        """
         steps: list[int] = self.timesteps(num_steps).tolist()
-        alpha_bar = [self._alpha_bar[step] for step in steps]
-        return list(zip(steps, alpha_bar, [*alpha_bar[1:], end], strict=True))
+        back = self.config.num_train_timesteps // num_steps
+        following = [*steps[1:], -1] if stride == "visited" else [step - back for step in steps]
+        return [
+            (step, self._alpha_bar[step], self._alpha_bar[then] if then >= 0 else end)
+            for step, then in zip(steps, following, strict=True)
+        ]
 
     @property
     def final_alpha_cumprod(self) -> float:
@@ -186,14 +244,15 @@ def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 def _forward_process(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
     """(alpha_bar, 1 - alpha_bar) of every step, float64 (N,): schedule, then noise shift, then zero terminal SNR."""
-    log_alpha_bar = torch.log1p(-_schedule_betas(config)).cumsum(0)
+    log_alpha_bar = torch.log1p(-_schedule_betas(config)).cumsum(0)  # -inf at the end, where the last beta is 1
     alpha_bar, noise_bar = log_alpha_bar.exp(), -torch.expm1(log_alpha_bar)
     shifted = config.noise_shift**2 * noise_bar
     alpha_bar, noise_bar = alpha_bar / (alpha_bar + shifted), shifted / (alpha_bar + shifted)
-    if not alpha_bar[-1] > SMALLEST_ALPHA_BAR or not noise_bar[0] > SMALLEST_ALPHA_BAR:
+    last = alpha_bar[-2 if config.trained_betas is not None and config.ends_in_noise else -1]
+    if not last > SMALLEST_ALPHA_BAR or not noise_bar[0] > SMALLEST_ALPHA_BAR:
         raise UserError(
             f"beta_end {config.beta_end} and noise_shift {config.noise_shift} over {config.num_train_timesteps} steps "
-            f"take alphas_cumprod from {alpha_bar[0]:.3g} to {alpha_bar[-1]:.3g}, beyond what float32 can tell from 1 "
+            f"take alphas_cumprod from {alpha_bar[0]:.3g} to {last:.3g}, beyond what float32 can tell from 1 "
             "and 0; bring them closer to beta_end 0.012 and noise_shift 1"
         )
     if config.zero_terminal_snr:
@@ -205,6 +264,8 @@ def _forward_process(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
 def _schedule_betas(config: DiffusionConfig) -> Tensor:
     """The betas of the named schedule, float64 (N,); on the CPU even where a default device such as meta is set."""
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.trained_betas is not None:
+        return torch.tensor(config.trained_betas, dtype=torch.float64, device="cpu")
     if config.beta_schedule == "linear":  # Ho et al. 2020
         return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
     if config.beta_schedule == "scaled_linear":  # Rombach et al. 2022: linear in the square root

@@ -1,0 +1,175 @@
+"""One tensor of ours, and the tensors of another layout that hold the same numbers: renamed, reshaped or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from vdm.errors import UserError
+from vdm.weights import Weights, spec
+
+
+@dataclass(frozen=True)
+class Link:
+    """Our tensor is the concatenation of theirs along the first axis.
+
+    `tail` are axes of size 1 that theirs has besides: a linear layer that they keep as a 1x1 convolution.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    tail: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the tensors of one part, counted as the other layout counts them.
+
+    matched: same name and shape; renamed: another name; reshaped: another shape, or a piece of a packed tensor.
+    missing, unexpected: names that a flag allowed. left_out: known to be of no use here. fresh: our tensors that the
+    other layout cannot have, as a video model's temporal layers are to an image model.
+    """
+
+    part: str
+    matched: int = 0
+    renamed: int = 0
+    reshaped: int = 0
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Tensors of theirs that are used."""
+        return self.matched + self.renamed + self.reshaped
+
+    def lines(self) -> list[str]:
+        """The report as text: one line of counts, then one for each kind of tensor that has no counterpart."""
+        counts = f"{self.matched} matched, {self.renamed} renamed, {self.reshaped} reshaped"
+        rest = f"{len(self.missing)} missing, {len(self.unexpected)} unexpected"
+        named = {"missing": self.missing, "unexpected": self.unexpected, "left out": self.left_out, "new": self.fresh}
+        some = [f"  {what}: {_some(names)}" for what, names in named.items() if names]
+        return [f"{self.part}: {self.total} tensors: {counts}; {rest}", *some]
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Name patterns (such as "*.temp_convs.*") of tensors that may be missing, or be there unexpectedly."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether a name fits one of the patterns, whose * stands for anything."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def their_shape(link: Link, ours: Tensor) -> tuple[int, ...]:
+    """The shape of each of their tensors."""
+    first, *rest = ours.shape or (1,)
+    return (first // len(link.theirs), *rest, *link.tail) if ours.dim() else ()
+
+
+def to_ours(
+    part: str,
+    links: Sequence[Link],
+    theirs: Weights,
+    ours: Mapping[str, Tensor],
+    *,
+    source: str,
+    allowed: Allowed = Allowed(),
+    left_out: Callable[[str], bool] = lambda name: False,
+) -> tuple[Weights, Report]:
+    """Their tensors under our names, in our shapes, read as they are asked for; `ours` says which there must be.
+
+    Our tensors that no link names are new; one of which a piece may be missing is missing. Raises UserError, naming
+    file and tensor, for one that is missing or unexpected and not allowed, or has another shape.
+    """
+    missing: list[str] = []
+    count = {"matched": 0, "renamed": 0, "reshaped": 0}
+    complete: dict[str, Link] = {}
+    for link in links:
+        shape = their_shape(link, ours[link.ours])
+        absent = [name for name in link.theirs if name not in theirs]
+        for name in absent:
+            if not matches(name, allowed.missing):
+                raise UserError(
+                    f"{source} has no {name}, which should be {shape}; give another file, or --allow_missing '{name}' "
+                    "to have it new"
+                )
+        missing += absent
+        for name in set(link.theirs).difference(absent):
+            found = tuple(theirs.specs[name].shape)
+            if _squeezed(found) != _squeezed(shape):
+                raise UserError(f"{source}: {name} is {found}, where this model has {shape}; give matching files")
+            if len(link.theirs) > 1 or found != tuple(ours[link.ours].shape):
+                count["reshaped"] += 1
+            else:
+                count["matched" if name == link.ours else "renamed"] += 1
+        if not absent:
+            complete[link.ours] = link
+
+    known = {name for link in links for name in link.theirs}
+    others = [name for name in theirs if name not in known]
+    unexpected = [name for name in others if not left_out(name)]
+    for name in unexpected:
+        if not matches(name, allowed.unexpected):
+            raise UserError(
+                f"{source} has {name} {tuple(theirs.specs[name].shape)}, which this model has no place for; "
+                f"give another file, or --allow_unexpected '{name}' to leave it out"
+            )
+    linked = {link.ours for link in links}
+    report = Report(
+        part,
+        **count,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        left_out=tuple(name for name in others if left_out(name)),
+        fresh=tuple(name for name in ours if name not in linked),
+    )
+
+    def read(name: str) -> Tensor:
+        pieces = [theirs[one] for one in complete[name].theirs]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole.reshape(ours[name].shape)
+
+    specs = {name: spec(ours[name].shape, theirs.specs[link.theirs[0]].dtype) for name, link in complete.items()}
+    return Weights(specs, read), report
+
+
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without axes of size 1 after the second, in which layouts differ: linear layers and 1x1 convolutions."""
+    return (*shape[:2], *(size for size in shape[2:] if size != 1))
+
+
+def to_theirs(part: str, links: Sequence[Link], ours: Weights) -> tuple[Weights, Report]:
+    """The inverse of `to_ours`."""
+    places = {name: (link, index) for link in links for index, name in enumerate(link.theirs)}
+    specs: dict[str, Tensor] = {}
+    count = {"matched": 0, "renamed": 0, "reshaped": 0}
+    for name, (link, _) in places.items():
+        whole = ours.specs[link.ours]
+        specs[name] = spec(their_shape(link, whole), whole.dtype)
+        if specs[name].shape != whole.shape:
+            count["reshaped"] += 1
+        else:
+            count["matched" if name == link.ours else "renamed"] += 1
+
+    def read(name: str) -> Tensor:
+        link, index = places[name]
+        whole = ours[link.ours]
+        piece = whole if len(link.theirs) == 1 else whole.chunk(len(link.theirs))[index]
+        return piece.reshape(specs[name].shape).contiguous()
+
+    return Weights(specs, read), Report(part, **count)
