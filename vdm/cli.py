@@ -70,9 +70,6 @@ def sample_command(arguments: Sequence[str]) -> None:
     """`sample.py`"""
     parser = _sample_parser()
     options = vars(parser.parse_args(arguments))
-    for name in ("lora_path", "lora_scale"):
-        if options.pop(name) is not None:
-            raise UserError(f"sample.py --{name} is not there yet; leave it out")
     if options["sampler"] == "dpmpp":
         raise UserError("--sampler dpmpp is not there yet; use ddim or ddpm")
 
@@ -88,22 +85,22 @@ def sample_command(arguments: Sequence[str]) -> None:
 
 def _sample_parser() -> Parser:
     parser = Parser(prog="sample.py", description="Make clips from prompts; the checkpoint says what is not given.")
-    parser.flag("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder; the shipped demo model by default")
+    parser.flag("--checkpoint", type=Path, metavar="DIR", help="a model folder: vdm, diffusers or ModelScope")
     parser.flag("--prompt", action="append", metavar="TEXT", help="may be repeated; a few built-in prompts by default")
     parser.flag("--prompt_file", type=Path, metavar="FILE", help="one prompt a line")
     parser.flag("--negative_prompt", metavar="TEXT", help="what to steer away from")
     parser.flag("--steps", "--num_inference_steps", type=int, metavar="N", help="denoising steps")
     parser.flag("--sampler", choices=("ddim", "ddpm", "dpmpp"), help="ddim or ddpm (dpmpp is not there yet)")
     parser.flag("--eta", type=float, metavar="F", help="randomness of ddim, 0 to 1")
-    parser.flag("--guidance_scale", type=float, metavar="F", help="1 follows the text without guidance")
+    parser.flag("--guidance_scale", type=float, metavar="F", help="up to 1 is without guidance")
     for name in ("num_frames", "height", "width"):
         parser.flag(f"--{name}", type=int, metavar="N", help="of each clip")
     parser.flag("--fps", type=float, metavar="N", help="frame rate of the files")
     parser.flag("--seed", type=int, default=0, metavar="N", help="of the first clip; clip i has seed + i (default 0)")
     parser.flag("--num_videos_per_prompt", type=int, default=1, metavar="N", help="clips of each prompt (default 1)")
     parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4)")
-    parser.flag("--lora_path", metavar="DIR", help="not there yet")
-    parser.flag("--lora_scale", type=float, metavar="F", help="not there yet")
+    parser.flag("--lora_path", type=Path, metavar="DIR", help="a LoRA to merge: a folder or a .safetensors file")
+    parser.flag("--lora_scale", type=float, default=1.0, metavar="F", help="how strongly (default 1)")
     parser.flag(
         "--output_dir", type=Path, default=Path("results/samples"), metavar="DIR", help="default: results/samples"
     )
@@ -112,19 +109,50 @@ def _sample_parser() -> Parser:
     return parser
 
 
-LATER = ("evaluate", "convert", "report")
-COMMANDS = "the commands of vdm: data synth OUT (training is train.py, sampling is sample.py)"
+LATER = ("evaluate", "report")
+COMMANDS = "the commands of vdm: data synth OUT, convert SRC DST (training is train.py, sampling is sample.py)"
 
 
 def vdm_command(arguments: Sequence[str]) -> None:
     """`vdm` and `python -m vdm`"""
     parser = Parser(prog="vdm", description=COMMANDS)
-    parser.add_argument("command", choices=("data", *LATER), help="only data is there yet")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help")
+    parser.add_argument("command", choices=("data", "convert", *LATER), help="only data and convert are there yet")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help, vdm convert --help")
     options = parser.parse_args(arguments)
     if options.command in LATER:
         raise UserError(f"vdm {options.command} is not there yet")
-    _data_command(options.rest)
+    (_convert_command if options.command == "convert" else _data_command)(options.rest)
+
+
+def _convert_command(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        prog="vdm convert", description="Write a model folder in another layout; every tensor is accounted for."
+    )
+    parser.add_argument(
+        "source", type=Path, help="vdm, diffusers or ModelScope folder; or Stable Diffusion 2's, to start from"
+    )
+    parser.add_argument("target", type=Path, help="a folder that is not there yet, or is empty")
+    parser.flag("--to", choices=("vdm", "diffusers", "modelscope"), required=True, help="the layout to write")
+    parser.flag("--variant", metavar="NAME", help="which files of a diffusers folder to read, such as fp16")
+    parser.flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of the numbers written; as they are by default")
+    parser.flag("--allow_missing", action="append", default=[], metavar="NAME", help="a tensor to have new; * fits all")
+    parser.flag(
+        "--allow_unexpected", action="append", default=[], metavar="NAME", help="a tensor to leave out; * fits all"
+    )
+    options = parser.parse_args(arguments)
+
+    from vdm.generate import DTYPES
+    from vdm.interop.convert import convert
+    from vdm.interop.links import Allowed
+
+    convert(
+        options.source,
+        options.target,
+        to=options.to,
+        variant=options.variant,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        allowed=Allowed(missing=tuple(options.allow_missing), unexpected=tuple(options.allow_unexpected)),
+    )
 
 
 def _data_command(arguments: Sequence[str]) -> None:

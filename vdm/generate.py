@@ -44,6 +44,8 @@ class Request:
     seed: int = 0
     num_videos_per_prompt: int = 1
     batch_size: int = 4
+    lora_path: Path | None = None
+    lora_scale: float = 1.0
     output_dir: Path = Path("results/samples")
     device: str | None = None
     dtype: str = "fp32"
@@ -72,7 +74,11 @@ def generate(request: Request) -> list[Path]:
     if not 0 <= request.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
     _require_writable(request.output_dir)
-    pipe = TextToVideo.from_pretrained(request.checkpoint).to(_device(request.device), DTYPES[request.dtype])
+    pipe = TextToVideo.from_pretrained(request.checkpoint)
+    if request.lora_path is not None:
+        count = pipe.load_lora(request.lora_path, scale=request.lora_scale)
+        print(f"merged a LoRA of {count} layers from {request.lora_path}")
+    pipe.to(_device(request.device), DTYPES[request.dtype])
     jobs = [prompt for prompt in request.prompts for _ in range(request.num_videos_per_prompt)]
     return _write_all(pipe, request, jobs)
 
@@ -124,6 +130,8 @@ def _record(pipe: TextToVideo, request: Request, shape: tuple[int, ...], fps: fl
         "guidance_scale": (request.guidance_scale, defaults.guidance_scale),
     }
     record = {key: default if given is None else given for key, (given, default) in chosen.items()}
+    if request.lora_path is not None:
+        record |= {"lora_path": str(request.lora_path), "lora_scale": request.lora_scale}
     size = {"num_frames": shape[0], "height": shape[1], "width": shape[2], "fps": fps}
     return {**record, **size, "checkpoint": str(request.checkpoint or SHIPPED.name)}
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from vdm.checkpoint import CONFIG, load_weights, read_manifest, save_checkpoint, verify
-from vdm.config import Config, load, to_yaml
+from vdm.checkpoint import save_checkpoint
+from vdm.config import Config, to_yaml
 from vdm.diffusion import NoiseSchedule, SamplingConfig, ddim_sample, ddpm_sample, guided, initial_noise
 from vdm.errors import UserError
+from vdm.interop import StoredModel, open_model
+from vdm.interop.lora import merge_lora
 from vdm.models import UNet3D, VideoVAE
-from vdm.text.encoder import TextEncoder, pack_vocabulary, unpack_vocabulary
+from vdm.text.encoder import TextEncoder, pack_vocabulary
 from vdm.text.pretrained import load_open_clip
+from vdm.weights import Weights, fill
 
 SHIPPED = Path(__file__).parent / "assets" / "demo"
 
@@ -64,13 +68,16 @@ def build_text_encoder(config: Config) -> TextEncoder:
 
 
 def _start_text(text_encoder: TextEncoder) -> None:
-    """Fill a text encoder with the weights that its own config names: a checkpoint folder's, or open_clip's."""
+    """Fill a text encoder with the weights that its own config names: a model folder's, or open_clip's."""
     weights = text_encoder.config.text_weights
-    folder = SHIPPED if weights == "shipped" else Path(weights or "")
-    if weights is not None and (folder / CONFIG).is_file():
-        _load_trained(text_encoder, folder, "text", free=("text_weights", "text_trainable"))
+    if weights == "shipped" or (weights is not None and Path(weights).is_dir()):
+        _load_trained(text_encoder, _folder(weights), "text", free=("text_weights", "text_trainable"))
     elif weights is not None:
         load_open_clip(text_encoder, weights)
+
+
+def _folder(name: str) -> Path:
+    return SHIPPED if name == "shipped" else Path(name)
 
 
 def build_vae(config: Config) -> VideoVAE:
@@ -79,33 +86,35 @@ def build_vae(config: Config) -> VideoVAE:
         torch.manual_seed(config.seed)
         vae = VideoVAE(config.vae)
     if config.vae.vae_weights is not None:
-        path = SHIPPED if config.vae.vae_weights == "shipped" else Path(config.vae.vae_weights)
         # The scaling factor is no property of the weights, but of how diffusion is to see their latents.
-        _load_trained(vae, path, "vae", free=("vae_weights", "scaling_factor"))
+        free = ("vae_weights", "scaling_factor", "temporal_decoder")
+        _load_trained(vae, _folder(config.vae.vae_weights), "vae", free=free)
     return vae
 
 
 def _load_trained(module: VideoVAE | TextEncoder, path: Path, part: str, *, free: Collection[str]) -> None:
-    """Fill a part from a checkpoint folder, whose config of that part must agree in all but the keys `free`."""
-    read_manifest(path)
-    theirs = asdict(getattr(load(path / CONFIG), part))
+    """Fill a part from a model folder, whose config of that part must agree in all but the keys `free`."""
+    stored = open_model(path)
+    theirs = asdict(getattr(stored.config, part))
     for key, ours in asdict(module.config).items():
         if key not in free and ours != theirs[key]:
             raise UserError(f"{part}.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
-    load_part(module, path, part)
+    _fill_part(module, stored, part)
 
 
 def load_part(module: nn.Module, path: Path, part: str) -> None:
-    """Fill a part from a checkpoint folder: its averaged weights where the folder has them. Raises `UserError`."""
-    averaged = f"{part}.ema"
-    state = load_weights(path, averaged if averaged in read_manifest(path).parts else part)
-    if part == "text":
-        state = unpack_vocabulary(state)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
+    """Fill a part from a model folder of any layout, with its averaged weights where there are any.
+
+    What an image model cannot have stays as it is: temporal layers. Raises `UserError`.
+    """
+    _fill_part(module, open_model(path), part)
+
+
+def _fill_part(module: nn.Module, stored: StoredModel, part: str) -> None:
+    held = stored.open(part)
+    fresh = held.report.fresh if held.report is not None else ()
+    added = [name for name in module.state_dict() if name.startswith("decoder.time.")]  # they start at zero
+    fill(module, held.weights, source=f"the {part} weights in {stored.path}", keep=(*fresh, *added))
 
 
 def save_parts(
@@ -117,19 +126,17 @@ def save_parts(
     info: Mapping[str, object] | None = None,
 ) -> None:
     """Write a checkpoint folder without trainer state; of a text tower trained here, only the tokens it saw."""
-    weights = {part: module.state_dict() for part, module in modules.items()}
+    weights = {part: Weights.of(module.state_dict()) for part, module in modules.items()}
     if "text" in weights:
         weights["text"] = pack_vocabulary(weights["text"])
-    for part, state in weights.items():
-        weights[part] = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    weights = {part: state.cast(dtype) for part, state in weights.items()}
     save_checkpoint(path, config_yaml=to_yaml(config), weights=weights, info=dict(info or {}))
 
 
-@dataclass(frozen=True)
-class VideoOutput:
-    """`frames`: "np" (B,T,H,W,3) and "pt" (B,T,3,H,W) in [0,1]; "latent" (B,C,T,h,w)."""
+class VideoOutput(NamedTuple):
+    """`frames`: "np" (B,T,H,W,3) and "pt" (B,T,3,H,W) in [0,1]; "pil" B lists of T images; "latent" (B,C,T,h,w)."""
 
-    frames: np.ndarray | Tensor
+    frames: Any
 
 
 class TextToVideo:
@@ -143,18 +150,17 @@ class TextToVideo:
             module.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path | None = None) -> TextToVideo:
-        """Load a checkpoint folder, on the CPU in float32; the shipped demo model where no path is given.
+    def from_pretrained(cls, path: str | Path | None = None, *, variant: str | None = None) -> TextToVideo:
+        """Load a model folder, on the CPU in float32; the shipped demo model where no path is given.
 
-        Of a training checkpoint the averaged weights are taken. Raises `UserError` where the manifest is not valid.
+        The folder is one of ours (of a training checkpoint the averaged weights are taken), diffusers' (`variant`
+        picks the files, "fp16" for instance) or the original ModelScope's. Raises `UserError` for anything else.
         """
-        path = SHIPPED if path is None else Path(path)
-        verify(path)
-        config = load(path / CONFIG)
-        config = without_sources(config)
+        stored = open_model(SHIPPED if path is None else path, variant=variant)
+        config = without_sources(stored.config)
         parts = build_components(config)
         for part, module in parts.modules().items():
-            load_part(module, path, part)
+            _fill_part(module, stored, part)
         return cls(config, parts)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -174,10 +180,17 @@ class TextToVideo:
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
+    def load_lora(self, path: str | Path, *, scale: float = 1.0) -> int:
+        """Merge a LoRA file into the UNet, and the text tower where it has layers of that; returns how many layers.
+
+        `path` is a file, or a folder with one, named as PEFT, diffusers or Kohya name them. Raises `UserError`.
+        """
+        return merge_lora(self.unet, self.text_encoder, path, scale=scale)
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int | None = None,
@@ -189,46 +202,100 @@ class TextToVideo:
         sampler: Literal["ddim", "ddpm"] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: Literal["np", "pt", "latent"] = "np",
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: Literal["np", "pt", "pil", "latent"] = "np",
+        return_dict: bool = True,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback_steps: int = 1,
     ) -> VideoOutput:
         """Make one clip for each prompt; what is not given comes from the config's `sampling` section.
+
+        The names and their meaning are those of diffusers' TextToVideoSDPipeline, of which cross_attention_kwargs
+        (processors of its attention) and clip_skip (the tower ends where it is read) have no counterpart.
 
         Args:
             negative_prompt: what to steer away from, one for all or one per prompt.
             height, width: pixels, divisible by the VAE's factor.
-            generator: one for each clip, or one that all draw from in turn; without it the noise is random.
+            guidance_scale: up to 1 is without guidance.
+            eta: of the ddim sampler, 0 to 1.
+            generator: one for each clip, or one from which the noise of all clips is drawn at once; without it the
+                noise is random. Noise is drawn in float32 whatever the precision of the model.
             latents: the noise to start from instead, (B, C, T, h, w).
+            prompt_embeds, negative_prompt_embeds: contexts (B, L, D) in place of prompts, as `text_encoder` makes them.
             output_type: see `VideoOutput`.
+            return_dict: the result has a name for its frames and is the tuple (frames,), so either will do.
+            callback: called as callback(step, timestep, latents) after every callback_steps-th step, from the first.
 
         Raises `UserError` for an empty list of prompts, impossible sizes, or counts that do not match.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         given: dict[str, Any] = {
             "num_inference_steps": num_inference_steps, "num_frames": num_frames, "height": height, "width": width,
             "guidance_scale": guidance_scale, "eta": eta, "sampler": sampler,
         }  # fmt: skip
         options = replace(self.config.sampling, **{key: value for key, value in given.items() if value is not None})
-        if output_type not in ("np", "pt", "latent"):
-            raise UserError(f"output_type must be np, pt or latent, got {output_type!r}")
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise UserError(f"output_type must be np, pt, pil or latent, got {output_type!r}")
+        if callback_steps < 1:
+            raise UserError(f"callback_steps must be at least 1, got {callback_steps}")
         shape = self._latent_shape(options)
+        cond = self._context(prompt, prompt_embeds)
         negative = options.negative_prompt if negative_prompt is None else negative_prompt
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if not prompts or len(negatives) != len(prompts):
-            raise UserError(
-                f"got {len(prompts)} prompts and {len(negatives)} negative ones; give at least one, and as many"
-            )
+        uncond = None
+        if options.guidance_scale > 1.0:
+            same = [negative] * len(cond) if isinstance(negative, str) else negative
+            uncond = self._context(same, negative_prompt_embeds, count=len(cond))
+        z = self._start(generator, latents, (len(cond), *shape))
+        report = None if callback is None else _every(callback_steps, callback)
+        z = self._denoise(cond, uncond, z, options, _one_each(generator, len(cond)), report)
+        return VideoOutput(self._frames(z, output_type))
 
-        generators = _generators(generator, len(prompts))
-        if latents is None:
-            latents = initial_noise(shape, generators, self.device)
-        elif latents.shape != (len(prompts), *shape):
-            raise UserError(f"latents must be {(len(prompts), *shape)}, got {tuple(latents.shape)}")
-        z = self._denoise(prompts, negatives, latents.to(self.device), options, generators)
+    def _context(
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | None, *, count: int | None = None
+    ) -> Tensor:
+        """The context (B, L, D) of prompts, or the one that is given instead."""
+        if embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            if not prompts or len(prompts) != (count or len(prompts)):
+                raise UserError(
+                    f"got {count or 0} prompts and {len(prompts)} negative ones; give at least one, and as many"
+                )
+            return self.text_encoder(prompts)
+        if (
+            embeds.dim() != 3
+            or embeds.shape[2] != self.config.model.context_dim
+            or len(embeds) != (count or len(embeds))
+        ):
+            wanted = f"({count or 'B'}, L, {self.config.model.context_dim})"
+            raise UserError(f"prompt embeddings must be {wanted}, got {tuple(embeds.shape)}")
+        return embeds.to(self.device)
+
+    def _start(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """The noise that sampling starts from."""
+        if latents is not None:
+            if latents.shape != shape:
+                raise UserError(f"latents must be {shape}, got {tuple(latents.shape)}")
+            return latents.to(self.device)
+        if isinstance(generator, torch.Generator):
+            return initial_noise(shape, [generator], self.device)[0]
+        return initial_noise(shape[1:], _one_each(generator, shape[0]), self.device)
+
+    def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Image.Image]]:
         if output_type == "latent":
-            return VideoOutput(z)
+            return z
         video = torch.cat([self.vae.decode(one) for one in z.split(1)])  # one clip at a time: memory does not add up
         video = ((video + 1.0) / 2.0).clamp(0.0, 1.0).transpose(1, 2)  # (B,T,3,H,W)
-        return VideoOutput(video if output_type == "pt" else video.permute(0, 1, 3, 4, 2).cpu().numpy())
+        if output_type == "pt":
+            return video
+        array = video.permute(0, 1, 3, 4, 2).cpu().float().numpy()
+        if output_type == "np":
+            return array
+        return [[Image.fromarray(frame) for frame in clip] for clip in (array * 255).round().astype(np.uint8)]
 
     def _latent_shape(self, options: SamplingConfig) -> tuple[int, int, int, int]:
         factor, limit = self.vae.config.factor, self.config.model.max_num_frames
@@ -242,27 +309,31 @@ class TextToVideo:
 
     def _denoise(
         self,
-        prompts: list[str],
-        negatives: list[str],
+        cond: Tensor,
+        uncond: Tensor | None,
         latents: Tensor,
         options: SamplingConfig,
         generators: list[torch.Generator],
+        callback: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
-        uncond = None if options.guidance_scale == 1.0 else self.text_encoder(negatives)
-        denoise = guided(
-            self.unet,
-            self.text_encoder(prompts),
-            uncond,
-            scale=options.guidance_scale,
-            rescale=options.guidance_rescale,
-        )
+        scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
+        denoise = guided(self.unet, cond, uncond, scale=scale, rescale=rescale)
         steps = options.num_inference_steps
+        shared: dict[str, Any] = {"num_steps": steps, "generators": generators, "callback": callback}
         if options.sampler == "ddpm":
-            return ddpm_sample(denoise, latents, self.schedule, num_steps=steps, generators=generators)
-        return ddim_sample(denoise, latents, self.schedule, num_steps=steps, eta=options.eta, generators=generators)
+            return ddpm_sample(denoise, latents, self.schedule, **shared)
+        return ddim_sample(denoise, latents, self.schedule, eta=options.eta, **shared)
 
 
-def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
+def _every(count: int, callback: Callable[[int, int, Tensor], None]) -> Callable[[int, int, Tensor], None]:
+    def report(index: int, t: int, x: Tensor) -> None:
+        if index % count == 0:
+            callback(index, t, x)
+
+    return report
+
+
+def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
     if generator is None:
         fresh = torch.Generator()
         fresh.seed()

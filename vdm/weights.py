@@ -1,4 +1,4 @@
-"""Weight files: each tensor is read when it is asked for and written when it is made, so that no file is ever held whole.
+"""Weight files: a tensor is read when it is asked for and written when it is made, so no file is ever held whole.
 
 Only tensors are read. A pickle that asks for anything else is refused, never run.
 """
@@ -95,15 +95,16 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, source: str, keep:
     Raises UserError, before anything is changed, where a tensor is missing, unknown or of another shape.
     """
     ours, theirs = module.state_dict(), Weights.of(weights)
+    remedy = "use the config that they were made with"
     for name, tensor in ours.items():
         if name not in theirs and name not in keep:
-            raise UserError(f"{source} has no {name}, which should be {tuple(tensor.shape)}; give another file")
+            raise UserError(f"{source}: there is no {name}, which this config has ({tuple(tensor.shape)}); {remedy}")
         if name in theirs and theirs.specs[name].shape != tensor.shape:
-            shapes = f"{name} is {tuple(theirs.specs[name].shape)}, not {tuple(tensor.shape)}"
-            raise UserError(f"{source} does not fit this config: {shapes}; make them agree")
+            shapes = f"{tuple(theirs.specs[name].shape)}, but {tuple(tensor.shape)} in this config"
+            raise UserError(f"{source}: {name} is {shapes}; {remedy}")
     if unknown := [name for name in theirs if name not in ours]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(f"{source} does not fit this config, which has no {unknown[0]}{more}; make them agree")
+        raise UserError(f"{source}: this config has no {unknown[0]}{more}; {remedy}")
     with torch.no_grad():
         for name in theirs:
             ours[name].copy_(theirs[name])
@@ -134,6 +135,14 @@ def _open_safetensors(path: Path) -> Weights:
         reason = _first_cut_off(path) or str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a weight file ({reason}); download or copy it again") from error
     return Weights(specs, file.get_tensor)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the writer of a .safetensors file noted in it; nothing for other files."""
+    if path.suffix != SUFFIX:
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _first_cut_off(path: Path) -> str | None:

@@ -91,7 +91,8 @@ def place(tmp_path: Path) -> Path:
         ("TINY training.init_from=PLACE/empty", "no manifest.json"),
         ("TINY vae.vae_weights=PLACE/empty", "no manifest.json"),
         ("TINY vae.vae_weights=MODEL", "vae.vae_channels is"),
-        ("TINY text.text_weights=PLACE/empty", "neither a checkpoint folder, nor a file"),
+        ("TINY text.text_weights=PLACE/empty", "no manifest.json"),
+        ("TINY text.text_weights=PLACE/nowhere", "neither a model folder, nor a file"),
         pytest.param("TINY training.mixed_precision=fp16", "fp16 needs a CUDA device", marks=needs_no_gpu),
     ],
 )

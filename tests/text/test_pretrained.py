@@ -127,13 +127,18 @@ def test_a_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("source", ["ViT-H-14", "ViT-H-14/no-such-tag", "no-such-file.pt", "", "a/b/c"])
 def test_what_is_neither_a_file_nor_a_model_is_named(source: str) -> None:
     with pytest.raises(
-        UserError, match=f"^text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip"
+        UserError, match=f"^text.text_weights: {source} is neither a model folder, nor a file, nor an open_clip"
     ):
         load_open_clip(TextEncoder(CONFIG), source)
 
 
+def test_weights_of_another_activation_are_refused() -> None:
+    with pytest.raises(UserError, match="ViT-L-14/openai has quick_gelu, and this tower has gelu"):
+        load_open_clip(TextEncoder(CONFIG), "ViT-L-14/openai")
+
+
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is neither a checkpoint folder"):
+    with pytest.raises(UserError, match="is neither a model folder"):
         load_open_clip(TextEncoder(CONFIG), str(tmp_path))
 
 
@@ -141,7 +146,7 @@ def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     "changes, shapes",
     [
         ({"text_width": 16}, r"positional_embedding.*\(10, 8\).*\(10, 16\)"),
-        ({"text_layers": 6}, r"has no transformer.resblocks.4.*\(8,\)"),
+        ({"text_layers": 6}, r"there is no transformer.resblocks.4.*\(8,\)"),
         ({"context_length": 77}, r"positional_embedding.*\(10, 8\).*\(77, 8\)"),
     ],
 )

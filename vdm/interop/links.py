@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -70,6 +70,9 @@ class Allowed:
     unexpected: tuple[str, ...] = ()
 
 
+NOTHING = Allowed()
+
+
 def matches(name: str, patterns: Collection[str]) -> bool:
     """Whether a name fits one of the patterns, whose * stands for anything."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -88,39 +91,17 @@ def to_ours(
     ours: Mapping[str, Tensor],
     *,
     source: str,
-    allowed: Allowed = Allowed(),
+    allowed: Allowed = NOTHING,
     left_out: Callable[[str], bool] = lambda name: False,
 ) -> tuple[Weights, Report]:
     """Their tensors under our names, in our shapes, read as they are asked for; `ours` says which there must be.
 
-    Our tensors that no link names are new; one of which a piece may be missing is missing. Raises UserError, naming
-    file and tensor, for one that is missing or unexpected and not allowed, or has another shape.
+    Our tensors that no link names are new. A packed one of which a piece may be missing is missing as a whole. Raises
+    UserError, naming file and tensor, for one that is missing or unexpected and not allowed, or has another shape.
     """
-    missing: list[str] = []
-    count = {"matched": 0, "renamed": 0, "reshaped": 0}
-    complete: dict[str, Link] = {}
-    for link in links:
-        shape = their_shape(link, ours[link.ours])
-        absent = [name for name in link.theirs if name not in theirs]
-        for name in absent:
-            if not matches(name, allowed.missing):
-                raise UserError(
-                    f"{source} has no {name}, which should be {shape}; give another file, or --allow_missing '{name}' "
-                    "to have it new"
-                )
-        missing += absent
-        for name in set(link.theirs).difference(absent):
-            found = tuple(theirs.specs[name].shape)
-            if _squeezed(found) != _squeezed(shape):
-                raise UserError(f"{source}: {name} is {found}, where this model has {shape}; give matching files")
-            if len(link.theirs) > 1 or found != tuple(ours[link.ours].shape):
-                count["reshaped"] += 1
-            else:
-                count["matched" if name == link.ours else "renamed"] += 1
-        if not absent:
-            complete[link.ours] = link
-
-    known = {name for link in links for name in link.theirs}
+    absent = [_check(link, theirs, ours[link.ours], source, allowed) for link in links]
+    complete = {link.ours: link for link, names in zip(links, absent, strict=True) if not names}
+    known, linked = {name for link in links for name in link.theirs}, {link.ours for link in links}
     others = [name for name in theirs if name not in known]
     unexpected = [name for name in others if not left_out(name)]
     for name in unexpected:
@@ -129,15 +110,15 @@ def to_ours(
                 f"{source} has {name} {tuple(theirs.specs[name].shape)}, which this model has no place for; "
                 f"give another file, or --allow_unexpected '{name}' to leave it out"
             )
-    linked = {link.ours for link in links}
     report = Report(
         part,
-        **count,
-        missing=tuple(missing),
+        *_count((link, name, theirs.specs[name], ours[link.ours]) for link in links for name in link.theirs
+                if name in theirs),
+        missing=tuple(name for names in absent for name in names),
         unexpected=tuple(unexpected),
         left_out=tuple(name for name in others if left_out(name)),
         fresh=tuple(name for name in ours if name not in linked),
-    )
+    )  # fmt: skip
 
     def read(name: str) -> Tensor:
         pieces = [theirs[one] for one in complete[name].theirs]
@@ -148,6 +129,31 @@ def to_ours(
     return Weights(specs, read), report
 
 
+def _check(link: Link, theirs: Weights, ours: Tensor, source: str, allowed: Allowed) -> list[str]:
+    """Which of a link's tensors are missing, as they may. Raises `UserError`."""
+    shape = their_shape(link, ours)
+    absent = [name for name in link.theirs if name not in theirs]
+    for name in absent:
+        if not matches(name, allowed.missing):
+            raise UserError(
+                f"{source} has no {name}, which should be {shape}; give another file, or --allow_missing '{name}' "
+                "to have it new"
+            )
+    for name in set(link.theirs).difference(absent):
+        found = tuple(theirs.specs[name].shape)
+        if _squeezed(found) != _squeezed(shape):
+            raise UserError(f"{source}: {name} is {found}, where this model has {shape}; give matching files")
+    return absent
+
+
+def _count(used: Iterable[tuple[Link, str, Tensor, Tensor]]) -> tuple[int, int, int]:
+    """How many of (link, a tensor's name in it, that tensor, ours) are matched, renamed and reshaped."""
+    counts = [0, 0, 0]
+    for link, name, their, our in used:
+        counts[2 if their.shape != our.shape else int(name != link.ours)] += 1
+    return counts[0], counts[1], counts[2]
+
+
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape without axes of size 1 after the second, in which layouts differ: linear layers and 1x1 convolutions."""
     return (*shape[:2], *(size for size in shape[2:] if size != 1))
@@ -156,20 +162,13 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 def to_theirs(part: str, links: Sequence[Link], ours: Weights) -> tuple[Weights, Report]:
     """The inverse of `to_ours`."""
     places = {name: (link, index) for link in links for index, name in enumerate(link.theirs)}
-    specs: dict[str, Tensor] = {}
-    count = {"matched": 0, "renamed": 0, "reshaped": 0}
-    for name, (link, _) in places.items():
-        whole = ours.specs[link.ours]
-        specs[name] = spec(their_shape(link, whole), whole.dtype)
-        if specs[name].shape != whole.shape:
-            count["reshaped"] += 1
-        else:
-            count["matched" if name == link.ours else "renamed"] += 1
+    whole = {name: ours.specs[link.ours] for name, (link, _) in places.items()}
+    specs = {name: spec(their_shape(link, whole[name]), whole[name].dtype) for name, (link, _) in places.items()}
+    counts = _count((link, name, specs[name], whole[name]) for name, (link, _) in places.items())
 
     def read(name: str) -> Tensor:
         link, index = places[name]
-        whole = ours[link.ours]
-        piece = whole if len(link.theirs) == 1 else whole.chunk(len(link.theirs))[index]
+        piece = ours[link.ours].chunk(len(link.theirs))[index]
         return piece.reshape(specs[name].shape).contiguous()
 
-    return Weights(specs, read), Report(part, **count)
+    return Weights(specs, read), Report(part, *counts)

@@ -32,9 +32,11 @@ def _locate(source: str) -> Path:
     config = open_clip.get_pretrained_cfg(model, tag)
     if path.exists() or not config:
         raise UserError(
-            f"text.text_weights: {source} is neither a checkpoint folder, nor a file, nor an open_clip MODEL/TAG; "
+            f"text.text_weights: {source} is neither a model folder, nor a file, nor an open_clip MODEL/TAG; "
             "train or download it first, or set it to null"
         )
+    if config.get("quick_gelu"):
+        raise UserError(f"text.text_weights: {source} has quick_gelu, and this tower has gelu; take a laion2b_* tag")
     try:
         return Path(open_clip.download_pretrained(config))
     except OSError as error:

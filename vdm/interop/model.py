@@ -1,0 +1,124 @@
+"""A model as it lies on disk, in whichever layout: its config, and its parts under our names, not yet read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdm.config import Config, load
+from vdm.errors import UserError
+from vdm.interop.links import Report
+from vdm.text.encoder import TOKEN_TABLE, VOCABULARY
+from vdm.weights import Weights
+
+PARTS = ("unet", "vae", "text")
+NOTE = "vdm.yaml"  # our whole config, beside the files of another layout, which have no place for most of it
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights under our names; the files they come from; what was done to them, where they are from another layout."""
+
+    weights: Weights
+    files: tuple[Path, ...]
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """`parts` open a part when called. `remarks` are sentences on what the layout cannot say or we do not do alike."""
+
+    layout: str
+    path: Path
+    config: Config
+    parts: Mapping[str, Callable[[], Part]] = field(repr=False)
+    remarks: tuple[str, ...] = ()
+
+    def open(self, part: str) -> Part:
+        """One part. Raises `UserError` where there is none, or it is not what the layout says."""
+        if part not in self.parts:
+            raise UserError(f"{self.path} holds no weights of {part}, only of {', '.join(self.parts) or 'nothing'}")
+        return self.parts[part]()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError`."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; copy or download the folder again") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy or download the folder again") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a JSON object; copy or download the folder again")
+    return tree
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def need(tree: Mapping[str, Any], key: str, path: Path) -> Any:
+    """tree[key]. Raises `UserError` naming the file."""
+    if key not in tree:
+        raise UserError(f"{path} does not say {key}; copy or download the folder again")
+    return tree[key]
+
+
+def refuse_unless(tree: Mapping[str, Any], only: Mapping[str, Any], path: Path) -> None:
+    """Raises `UserError` where `tree` says anything but the one value that this model can have; silence is fine."""
+    for key, value in only.items():
+        if key in tree and tree[key] != value:
+            said = f"{key} is {tree[key]!r}, and this model can only have {value!r}"
+            raise UserError(f"{path}: {said}; give another folder")
+
+
+def with_note(path: Path, derived: Config, described: Callable[[Config], object]) -> Config:
+    """Our own config from the note in a folder, as long as it describes the model that the folder now holds.
+
+    `described` is what the folder would say of a config. Else `derived`, what the folder says by itself.
+    """
+    note = path / NOTE
+    if not note.is_file():
+        return derived
+    try:
+        ours = load(note)
+        agrees = described(ours) == described(derived)
+    except UserError:
+        return derived
+    return ours if agrees else derived
+
+
+def config_of(path: Path, **sections: Any) -> Config:
+    """A config of these sections, named after the folder; all else is as by default."""
+    name = path.resolve().name
+    return Config(name=name if name not in ("", ".", "..") else "model", **sections)
+
+
+def text_state(tower: Weights) -> Weights:
+    """A text tower's tensors, named `tower.*`, with the record of the tokens that it knows.
+
+    Where most tokens share one row of the table, they were never trained (`pack_vocabulary` gives them that row).
+    """
+    rows = tower[TOKEN_TABLE]
+    unseen = (rows == rows[_most_common_row(rows)]).all(dim=1)
+    seen = ~unseen if 2 * int(unseen.sum()) > VOCABULARY else torch.ones(VOCABULARY, dtype=torch.bool)
+    return tower.updated({"seen_tokens": seen})
+
+
+def _most_common_row(rows: Tensor) -> int:
+    """The index of a row that has the most common first element: were more than half equal, it would be one of them."""
+    values, counts = rows[:, 0].float().unique(return_counts=True)
+    return int((rows[:, 0].float() == values[counts.argmax()]).nonzero()[0])
+
+
+def same_fields(section: Any, **changes: Any) -> Any:
+    """A section of a config with those of the changes that it has a field for and that are not None."""
+    known = {f.name for f in fields(section)}
+    return replace(section, **{key: value for key, value in changes.items() if key in known and value is not None})

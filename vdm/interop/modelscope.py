@@ -1,0 +1,291 @@
+"""The original's folder: configuration.json, and a pickle of tensors for the UNet, the autoencoder and the whole CLIP.
+
+The original code builds its autoencoder and text tower at one size and its norms with 32 groups, and says so nowhere in
+the folder; a folder written here has our whole config beside it, and is open to the original code at its sizes only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdm.config import Config, to_yaml
+from vdm.diffusion import DiffusionConfig, SamplingConfig
+from vdm.errors import UserError
+from vdm.interop.links import NOTHING, Allowed, Report, to_ours, to_theirs
+from vdm.interop.model import (
+    NOTE,
+    Part,
+    StoredModel,
+    config_of,
+    need,
+    read_json,
+    refuse_unless,
+    text_state,
+    with_note,
+    write_json,
+)
+from vdm.interop.names import text_links, text_tensors, unet_links, unet_tensors, vae_links, vae_tensors
+from vdm.models import UNetConfig, VAEConfig
+from vdm.text.encoder import TextConfig
+from vdm.text.pretrained import tower_weights
+from vdm.weights import SUFFIX, Weights, open_weights
+
+CONFIGURATION = "configuration.json"
+FILES = {
+    "unet": "text2video_pytorch_model.pth",
+    "vae": "VQGAN_autoencoder.pth",
+    "text": "open_clip_pytorch_model.bin",
+}
+FILE_KEYS = {"unet": "ckpt_unet", "vae": "ckpt_autoencoder", "text": "ckpt_clip"}
+VAE_PREFIX = "first_stage_model."
+
+# The original's own way to sample: `linear_sd` betas, 50 steps at t = 1, 21, ..., 981, each 20 steps down, and the last
+# to step 0. diffusers' DDIMScheduler with leading spacing, steps_offset 1 and set_alpha_to_one false does the same
+# wherever the number of steps divides 1000. Elsewhere the original goes on to the end of the schedule, with more steps
+# than asked for (31 for 30), and diffusers leaves the noisiest part out. Besides, the original calls the network once
+# for each of the two prompts, rounds pixels down to uint8, and has no seed.
+SCHEDULE = DiffusionConfig(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    timestep_spacing="modelscope",
+    set_alpha_to_one=False,
+    ddim_stride="constant",
+)
+SAMPLING = SamplingConfig(
+    num_frames=16, height=256, width=256, sampling_fps=8.0, num_inference_steps=50, guidance_scale=9.0
+)
+
+
+def open_modelscope(path: Path, *, allowed: Allowed = NOTHING) -> StoredModel:
+    """The original's folder. Raises `UserError` where it holds another model."""
+    file = path / CONFIGURATION
+    model = need(read_json(file), "model", file)
+    if "model_cfg" not in model or "unet_dim" not in model["model_cfg"]:
+        kind = model.get("type")
+        raise UserError(f"{file} describes {kind}, not the original's text-to-video model; give another folder")
+    cfg, names = model["model_cfg"], need(model, "model_args", file)
+    files = {part: _weight_file(path, names.get(key, FILES[part])) for part, key in FILE_KEYS.items()}
+    derived = config_of(
+        path,
+        model=_read_unet(cfg, file),
+        text=_text_config(files["text"]),
+        diffusion=SCHEDULE,
+        sampling=SamplingConfig(**{**SAMPLING.__dict__, "num_frames": names.get("max_frames", 16)}),
+    )
+    config = with_note(path, derived, lambda config: _model_cfg(config))
+    return StoredModel(
+        "modelscope",
+        path,
+        config,
+        {
+            "unet": lambda: _open_unet(files["unet"], config.model, allowed),
+            "vae": lambda: _open_vae(files["vae"], config.vae, allowed),
+            "text": lambda: _open_text(files["text"], config.text, allowed),
+        },
+    )
+
+
+def _weight_file(path: Path, name: str) -> Path:
+    """The named file, or a .safetensors of the same stem."""
+    file = path / Path(name).name
+    safe = file.with_suffix(SUFFIX)
+    return safe if safe.is_file() and not file.is_file() else file
+
+
+def _read_unet(cfg: Mapping[str, Any], file: Path) -> UNetConfig:
+    fixed = {
+        "mean_type": "eps", "temporal_attention": "True", "num_timesteps": 1000, "var_type": "fixed_small",
+        "unet_out_dim": need(cfg, "unet_in_dim", file),
+    }  # fmt: skip
+    refuse_unless({**cfg, "temporal_attention": str(cfg.get("temporal_attention", True))}, fixed, file)
+    mult = tuple(need(cfg, "unet_dim_mult", file))
+    scales = need(cfg, "unet_attn_scales", file)
+    return UNetConfig(
+        in_channels=cfg["unet_in_dim"],
+        unet_dim=cfg["unet_dim"],
+        channel_mult=mult,
+        attention_levels=tuple(any(abs(scale - 0.5**level) < 1e-6 for scale in scales) for level in range(len(mult))),
+        num_res_blocks=need(cfg, "unet_res_blocks", file),
+        attention_heads=need(cfg, "unet_num_heads", file),
+        attention_head_dim=need(cfg, "unet_head_dim", file),
+        context_dim=need(cfg, "unet_context_dim", file),
+        dropout=cfg.get("unet_dropout", 0.0),
+    )
+
+
+def _text_config(file: Path) -> TextConfig:
+    """The shape of the tower in a file; heads are 64 wide, as in every CLIP."""
+    tower = tower_weights(open_weights(file))
+    layers = {int(match[1]) for name in tower if (match := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
+    if "positional_embedding" not in tower or not layers:
+        raise UserError(f"{file} holds no text tower of open_clip; give another file")
+    length, width = tower.specs["positional_embedding"].shape
+    return TextConfig(
+        text_width=width, text_heads=max(1, width // 64), text_layers=max(layers) + 1, context_length=length
+    )
+
+
+def _open_unet(file: Path, config: UNetConfig, allowed: Allowed) -> Part:
+    links = unet_links(config, "modelscope")
+    weights, report = to_ours(
+        "unet", links, open_weights(file), unet_tensors(config), source=str(file), allowed=allowed
+    )
+    return Part(weights, (file,), report)
+
+
+def _open_vae(file: Path, config: VAEConfig, allowed: Allowed) -> Part:
+    """The file may be a whole image model, as the original's is, of which the rest is left out."""
+    whole = open_weights(file)
+    if any(name.startswith(VAE_PREFIX) for name in whole):
+        whole = whole.renamed(lambda name: name.removeprefix(VAE_PREFIX) if name.startswith(VAE_PREFIX) else name)
+    weights, report = to_ours(
+        "vae", vae_links(config, "ldm"), whole, vae_tensors(config), source=str(file), allowed=allowed,
+        left_out=lambda name: not name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")),
+    )  # fmt: skip
+    return Part(weights, (file,), report)
+
+
+def _open_text(file: Path, config: TextConfig, allowed: Allowed) -> Part:
+    """The file is a whole CLIP, of which we use the text tower but for its last layer and its projection."""
+    tensors = {name: tensor for name, tensor in text_tensors(config).items() if name.startswith("tower.")}
+    weights, report = to_ours(
+        "text", text_links(config, "open_clip"), _clip_names(open_weights(file)), tensors, source=str(file),
+        allowed=allowed, left_out=lambda name: _unused_in_clip(name, config),
+    )  # fmt: skip
+    return Part(text_state(weights), (file,), report)
+
+
+def _clip_names(weights: Weights) -> Weights:
+    """The tower's tensors named relative to it, all others as they are."""
+    tower = tower_weights(weights)
+    others = weights.renamed(lambda name: name if name.removeprefix("module.").startswith("visual.") else None)
+    return tower.updated(others)
+
+
+def _unused_in_clip(name: str, config: TextConfig) -> bool:
+    last = f"transformer.resblocks.{config.text_layers - 1}."
+    unused = ("text_projection", "logit_scale", "logit_bias", "attn_mask")
+    return name.startswith((last, "visual.", "module.visual.")) or name in unused
+
+
+# Writing
+
+
+def write_modelscope(model: StoredModel, folder: Path, *, dtype: torch.dtype | None = None) -> list[Report]:
+    """Write the original's files into `folder`, which is there and empty.
+
+    Where the text tower is ViT-H/14's, what CLIP has besides is filled with zeros, which take no room: the original
+    code loads a whole CLIP, and uses of it what we have. Raises `UserError` for a model that the layout cannot hold.
+    """
+    config = model.config
+    cfg = _model_cfg(config)
+    names = {FILE_KEYS[part]: name for part, name in FILES.items()}
+    args = {**names, "max_frames": config.sampling.num_frames, "tiny_gpu": 1}
+    kind = "latent-text-to-video-synthesis"
+    write_json(
+        folder / CONFIGURATION,
+        {
+            "framework": "pytorch",
+            "task": "text-to-video-synthesis",
+            "model": {"type": kind, "model_args": args, "model_cfg": cfg},
+            "pipeline": {"type": kind},
+        },
+    )
+    (folder / NOTE).write_text(to_yaml(config), encoding="utf-8")
+
+    def convert(part: str, links: list[Any]) -> tuple[dict[str, Tensor], Report]:
+        weights, report = to_theirs(part, links, model.open(part).weights.cast(dtype))
+        return {name: weights[name].clone() for name in weights}, report
+
+    unet, unet_report = convert("unet", unet_links(config.model, "modelscope"))
+    torch.save(unet, folder / FILES["unet"])
+    del unet  # one part in memory at a time
+    vae, vae_report = convert("vae", vae_links(config.vae, "ldm"))
+    torch.save({"state_dict": {VAE_PREFIX + name: tensor for name, tensor in vae.items()}}, folder / FILES["vae"])
+    text, text_report = convert("text", text_links(config.text, "open_clip"))
+    torch.save({**text, **dict(_rest_of_clip(config.text))}, folder / FILES["text"])
+    return [unet_report, vae_report, text_report]
+
+
+def _model_cfg(config: Config) -> dict[str, Any]:
+    """`model_cfg` of configuration.json. Raises `UserError` naming the first key that the layout cannot say."""
+    unet, schedule = config.model, config.diffusion
+    fixed = {
+        "model.model_type": (unet.model_type, "modelscope"),
+        "model.temporal_layers": (unet.temporal_layers, 4),
+        "vae.temporal_decoder": (config.vae.temporal_decoder, False),
+        "text.pad_token_id": (config.text.pad_token_id, 0),
+        **{
+            f"diffusion.{key}": (getattr(schedule, key), getattr(SCHEDULE, key))
+            for key in (
+                "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "noise_shift", "trained_betas",
+                "zero_terminal_snr", "prediction_type",
+            )
+        },
+    }  # fmt: skip
+    for key, (ours, theirs) in fixed.items():
+        if ours != theirs:
+            raise UserError(f"{key} is {ours}, and the original can only have {theirs}; convert --to diffusers or vdm")
+    return {
+        "unet_in_dim": unet.in_channels,
+        "unet_dim": unet.unet_dim,
+        "unet_y_dim": 768,
+        "unet_context_dim": unet.context_dim,
+        "unet_out_dim": unet.in_channels,
+        "unet_dim_mult": list(unet.channel_mult),
+        "unet_num_heads": unet.attention_heads,
+        "unet_head_dim": unet.attention_head_dim,
+        "unet_res_blocks": unet.num_res_blocks,
+        "unet_attn_scales": [0.5**level for level, there in enumerate(unet.attention_levels) if there],
+        "unet_dropout": unet.dropout,
+        "temporal_attention": "True",
+        "num_timesteps": schedule.num_train_timesteps,
+        "mean_type": "eps",
+        "var_type": "fixed_small",
+        "loss_type": "mse",
+    }
+
+
+def remarks_on_modelscope(config: Config) -> tuple[str, ...]:
+    """Why the original code could not open a folder of this config, if it could not; other tools may."""
+    unet, original = config.model, UNetConfig()
+    differs = [
+        name
+        for name, same in {
+            "context_dim": unet.context_dim == original.context_dim,
+            "norm_num_groups": unet.norm_num_groups == original.norm_num_groups,
+            "the autoencoder": {**config.vae.__dict__, "vae_weights": None} == VAEConfig().__dict__,
+            "the text tower": _is_vit_h(config.text),
+        }.items()
+        if not same
+    ]
+    if not differs:
+        return ()
+    return (f"the original code has {', '.join(differs)} fixed at another size, and cannot open this folder; vdm can",)
+
+
+def _is_vit_h(config: TextConfig) -> bool:
+    big = TextConfig()
+    keys = ("text_width", "text_heads", "text_layers", "context_length")
+    return all(getattr(config, key) == getattr(big, key) for key in keys)
+
+
+def _rest_of_clip(config: TextConfig) -> Iterator[tuple[str, Tensor]]:
+    """What ViT-H/14 has besides the part of its text tower that we have: zeros, all in the memory of one number."""
+    if not _is_vit_h(config):
+        return
+    import open_clip
+
+    with torch.device("meta"):
+        whole = open_clip.create_model("ViT-H-14", pretrained=None, load_weights=False, device="meta")
+    have = {name for link in text_links(config, "open_clip") for name in link.theirs}
+    for name, tensor in whole.state_dict().items():
+        if name not in have and name != "attn_mask":
+            yield name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
