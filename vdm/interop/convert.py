@@ -114,6 +114,6 @@ def _write(model: StoredModel, target: Path, to: Layout, dtype: torch.dtype | No
 
 
 def _packed(weights: Weights) -> Weights:
-    """The row that unseen tokens share is kept to the bit."""
-    unseen = (~weights["seen_tokens"]).nonzero()
-    return pack_vocabulary(weights, shared=weights[TOKEN_TABLE][unseen[0, 0]] if len(unseen) else None)
+    """Packed where that loses nothing: where all tokens that were not seen share one row."""
+    rows = weights[TOKEN_TABLE][~weights["seen_tokens"]]
+    return pack_vocabulary(weights, shared=rows[0]) if len(rows) and (rows == rows[0]).all() else weights

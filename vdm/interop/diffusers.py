@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vdm.config import Config, to_yaml
+from vdm.config import Config
 from vdm.diffusion import SamplingConfig
 from vdm.errors import UserError
 from vdm.interop.diffusers_json import (
@@ -25,7 +25,17 @@ from vdm.interop.diffusers_json import (
     read_vae,
 )
 from vdm.interop.links import NOTHING, Allowed, Report, to_ours, to_theirs
-from vdm.interop.model import NOTE, Part, StoredModel, config_of, need, read_json, text_state, with_note, write_json
+from vdm.interop.model import (
+    Part,
+    StoredModel,
+    config_of,
+    need,
+    read_json,
+    text_state,
+    with_note,
+    write_json,
+    write_notes,
+)
 from vdm.interop.names import text_links, text_tensors, unet_links, unet_tensors, vae_links, vae_tensors
 from vdm.interop.tokenizer import read_pad_token, write_tokenizer
 from vdm.weights import open_weights, write_safetensors
@@ -95,7 +105,7 @@ def _open_part(path: Path, part: str, config: Config, variant: str | None, allow
             part, text_links(config.text, "transformers"), theirs, tower, source=source, allowed=allowed,
             left_out=lambda name: name.endswith("position_ids"),
         )  # fmt: skip
-        weights = text_state(weights)
+        weights = text_state(weights, path)
     return Part(weights, _with_shards(file), report)
 
 
@@ -138,7 +148,7 @@ def write_diffusers(model: StoredModel, folder: Path, *, dtype: torch.dtype | No
     config = model.config
     trees = folder_json(config)
     write_json(folder / INDEX, trees.pop(INDEX))
-    (folder / NOTE).write_text(to_yaml(config), encoding="utf-8")
+    write_notes(folder, config, model.open("text").weights.cast(dtype))
     for name, tree in trees.items():
         (folder / name).mkdir()
         write_json(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), tree)

@@ -202,6 +202,7 @@ def folder_json(config: Config) -> dict[str, Any]:
             "eos_token_id": 49407,
             "pad_token_id": text.pad_token_id,
             "layer_norm_eps": 1e-5,
+            "torch_dtype": "float32",  # else it is loaded as it is stored, and the UNet in float32
         },
         "scheduler": _scheduler(config.diffusion),
     }

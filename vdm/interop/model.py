@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdm.config import Config, load
+from vdm.config import Config, load, to_yaml
 from vdm.errors import UserError
 from vdm.interop.links import Report
 from vdm.text.encoder import TOKEN_TABLE, VOCABULARY
-from vdm.weights import Weights
+from vdm.weights import Weights, open_weights, read_metadata, write_safetensors
 
 PARTS = ("unet", "vae", "text")
-NOTE = "vdm.yaml"  # our whole config, beside the files of another layout, which have no place for most of it
+NOTE, SEEN = "vdm.yaml", "vdm.safetensors"  # see `write_notes`
 
 
 @dataclass(frozen=True)
@@ -101,24 +102,24 @@ def config_of(path: Path, **sections: Any) -> Config:
     return Config(name=name if name not in ("", ".", "..") else "model", **sections)
 
 
-def text_state(tower: Weights) -> Weights:
+def text_state(tower: Weights, folder: Path) -> Weights:
     """A text tower's tensors, named `tower.*`, with the record of the tokens that it knows.
 
-    Where most tokens share one row of the table, they were never trained (`pack_vocabulary` gives them that row).
+    That is the one that we left in the folder, if it is of this very table of tokens; else all are known.
     """
-    rows = tower[TOKEN_TABLE]
-    unseen = (rows == rows[_most_common_row(rows)]).all(dim=1)
-    seen = ~unseen if 2 * int(unseen.sum()) > VOCABULARY else torch.ones(VOCABULARY, dtype=torch.bool)
+    record = folder / SEEN
+    seen = torch.ones(VOCABULARY, dtype=torch.bool)
+    if record.is_file() and read_metadata(record).get("table") == _digest(tower[TOKEN_TABLE]):
+        seen = open_weights(record)["seen_tokens"]
     return tower.updated({"seen_tokens": seen})
 
 
-def _most_common_row(rows: Tensor) -> int:
-    """The index of a row that has the most common first element: were more than half equal, it would be one of them."""
-    values, counts = rows[:, 0].float().unique(return_counts=True)
-    return int((rows[:, 0].float() == values[counts.argmax()]).nonzero()[0])
+def write_notes(folder: Path, config: Config, text: Weights) -> None:
+    """Beside the files of another layout, what it has no place for: our config, and the tokens that training saw."""
+    (folder / NOTE).write_text(to_yaml(config), encoding="utf-8")
+    metadata = {"table": _digest(text[TOKEN_TABLE])}
+    write_safetensors(folder / SEEN, {"seen_tokens": text["seen_tokens"]}, metadata=metadata)
 
 
-def same_fields(section: Any, **changes: Any) -> Any:
-    """A section of a config with those of the changes that it has a field for and that are not None."""
-    known = {f.name for f in fields(section)}
-    return replace(section, **{key: value for key, value in changes.items() if key in known and value is not None})
+def _digest(table: Tensor) -> str:
+    return hashlib.sha256(table.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor
 
-from vdm.config import Config, to_yaml
+from vdm.config import Config
 from vdm.diffusion import DiffusionConfig, SamplingConfig
 from vdm.errors import UserError
 from vdm.interop.links import NOTHING, Allowed, Report, to_ours, to_theirs
 from vdm.interop.model import (
-    NOTE,
     Part,
     StoredModel,
     config_of,
@@ -29,6 +30,7 @@ from vdm.interop.model import (
     text_state,
     with_note,
     write_json,
+    write_notes,
 )
 from vdm.interop.names import text_links, text_tensors, unet_links, unet_tensors, vae_links, vae_tensors
 from vdm.models import UNetConfig, VAEConfig
@@ -77,7 +79,7 @@ def open_modelscope(path: Path, *, allowed: Allowed = NOTHING) -> StoredModel:
         model=_read_unet(cfg, file),
         text=_text_config(files["text"]),
         diffusion=SCHEDULE,
-        sampling=SamplingConfig(**{**SAMPLING.__dict__, "num_frames": names.get("max_frames", 16)}),
+        sampling=replace(SAMPLING, num_frames=names.get("max_frames", 16)),
     )
     config = with_note(path, derived, lambda config: _model_cfg(config))
     return StoredModel(
@@ -154,12 +156,11 @@ def _open_vae(file: Path, config: VAEConfig, allowed: Allowed) -> Part:
 
 def _open_text(file: Path, config: TextConfig, allowed: Allowed) -> Part:
     """The file is a whole CLIP, of which we use the text tower but for its last layer and its projection."""
-    tensors = {name: tensor for name, tensor in text_tensors(config).items() if name.startswith("tower.")}
     weights, report = to_ours(
-        "text", text_links(config, "open_clip"), _clip_names(open_weights(file)), tensors, source=str(file),
-        allowed=allowed, left_out=lambda name: _unused_in_clip(name, config),
+        "text", text_links(config, "open_clip"), _clip_names(open_weights(file)), _tower_tensors(config),
+        source=str(file), allowed=allowed, left_out=lambda name: _unused_in_clip(name, config),
     )  # fmt: skip
-    return Part(text_state(weights), (file,), report)
+    return Part(text_state(weights, file.parent), (file,), report)
 
 
 def _clip_names(weights: Weights) -> Weights:
@@ -181,8 +182,8 @@ def _unused_in_clip(name: str, config: TextConfig) -> bool:
 def write_modelscope(model: StoredModel, folder: Path, *, dtype: torch.dtype | None = None) -> list[Report]:
     """Write the original's files into `folder`, which is there and empty.
 
-    Where the text tower is ViT-H/14's, what CLIP has besides is filled with zeros, which take no room: the original
-    code loads a whole CLIP, and uses of it what we have. Raises `UserError` for a model that the layout cannot hold.
+    What the original CLIP has besides is filled with zeros, which take no room: its code loads all, and uses what we
+    have. Raises `UserError` for a model that the layout cannot hold.
     """
     config = model.config
     cfg = _model_cfg(config)
@@ -198,7 +199,7 @@ def write_modelscope(model: StoredModel, folder: Path, *, dtype: torch.dtype | N
             "pipeline": {"type": kind},
         },
     )
-    (folder / NOTE).write_text(to_yaml(config), encoding="utf-8")
+    write_notes(folder, config, model.open("text").weights.cast(dtype))
 
     def convert(part: str, links: list[Any]) -> tuple[dict[str, Tensor], Report]:
         weights, report = to_theirs(part, links, model.open(part).weights.cast(dtype))
@@ -216,20 +217,12 @@ def write_modelscope(model: StoredModel, folder: Path, *, dtype: torch.dtype | N
 
 def _model_cfg(config: Config) -> dict[str, Any]:
     """`model_cfg` of configuration.json. Raises `UserError` naming the first key that the layout cannot say."""
-    unet, schedule = config.model, config.diffusion
+    unet = config.model
     fixed = {
         "model.model_type": (unet.model_type, "modelscope"),
         "model.temporal_layers": (unet.temporal_layers, 4),
         "vae.temporal_decoder": (config.vae.temporal_decoder, False),
-        "text.pad_token_id": (config.text.pad_token_id, 0),
-        **{
-            f"diffusion.{key}": (getattr(schedule, key), getattr(SCHEDULE, key))
-            for key in (
-                "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "noise_shift", "trained_betas",
-                "zero_terminal_snr", "prediction_type",
-            )
-        },
-    }  # fmt: skip
+    }
     for key, (ours, theirs) in fixed.items():
         if ours != theirs:
             raise UserError(f"{key} is {ours}, and the original can only have {theirs}; convert --to diffusers or vdm")
@@ -246,7 +239,7 @@ def _model_cfg(config: Config) -> dict[str, Any]:
         "unet_attn_scales": [0.5**level for level, there in enumerate(unet.attention_levels) if there],
         "unet_dropout": unet.dropout,
         "temporal_attention": "True",
-        "num_timesteps": schedule.num_train_timesteps,
+        "num_timesteps": 1000,
         "mean_type": "eps",
         "var_type": "fixed_small",
         "loss_type": "mse",
@@ -254,21 +247,28 @@ def _model_cfg(config: Config) -> dict[str, Any]:
 
 
 def remarks_on_modelscope(config: Config) -> tuple[str, ...]:
-    """Why the original code could not open a folder of this config, if it could not; other tools may."""
-    unet, original = config.model, UNetConfig()
-    differs = [
-        name
-        for name, same in {
-            "context_dim": unet.context_dim == original.context_dim,
-            "norm_num_groups": unet.norm_num_groups == original.norm_num_groups,
-            "the autoencoder": {**config.vae.__dict__, "vae_weights": None} == VAEConfig().__dict__,
-            "the text tower": _is_vit_h(config.text),
-        }.items()
-        if not same
-    ]
-    if not differs:
-        return ()
-    return (f"the original code has {', '.join(differs)} fixed at another size, and cannot open this folder; vdm can",)
+    """What the original code, which says it nowhere in the folder, has otherwise than this config; vdm has a note."""
+    unet, vae, original = config.model, {**asdict(config.vae), "vae_weights": None}, UNetConfig()
+    sizes = {
+        "context_dim": unet.context_dim == original.context_dim,
+        "norm_num_groups": unet.norm_num_groups == original.norm_num_groups,
+        "the autoencoder": vae == asdict(VAEConfig()),
+        "the text tower": _is_vit_h(config.text),
+        "pad_token_id": config.text.pad_token_id == 0,
+    }
+    remarks = []
+    if not all(sizes.values()):
+        differ = ", ".join(name for name, same in sizes.items() if not same)
+        remarks.append(f"the original code has another {differ} built in, and cannot open this folder; vdm can")
+    keys = (
+        "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "noise_shift", "trained_betas",
+        "zero_terminal_snr", "prediction_type",
+    )  # fmt: skip
+    if differ := ", ".join(key for key in keys if getattr(config.diffusion, key) != getattr(SCHEDULE, key)):
+        remarks.append(
+            f"the original code has another {differ} built in, and would sample this model wrongly; vdm does not"
+        )
+    return tuple(remarks)
 
 
 def _is_vit_h(config: TextConfig) -> bool:
@@ -278,14 +278,21 @@ def _is_vit_h(config: TextConfig) -> bool:
 
 
 def _rest_of_clip(config: TextConfig) -> Iterator[tuple[str, Tensor]]:
-    """What ViT-H/14 has besides the part of its text tower that we have: zeros, all in the memory of one number."""
-    if not _is_vit_h(config):
-        return
-    import open_clip
+    """What a CLIP has besides the part of its text tower that we have: zeros, all in the memory of one number.
 
-    with torch.device("meta"):
-        whole = open_clip.create_model("ViT-H-14", pretrained=None, load_weights=False, device="meta")
-    have = {name for link in text_links(config, "open_clip") for name in link.theirs}
-    for name, tensor in whole.state_dict().items():
-        if name not in have and name != "attn_mask":
-            yield name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    That is the tower's last layer, which makes its depth what it says; and of ViT-H/14, all else.
+    """
+    have = {link.theirs[0]: tensor for link, tensor in zip(
+        text_links(config, "open_clip"), _tower_tensors(config).values(), strict=True
+    )}  # fmt: skip
+    last, before = (f"transformer.resblocks.{config.text_layers - i}." for i in (1, 2))
+    rest = {name.replace(before, last): tensor for name, tensor in have.items() if name.startswith(before)}
+    if _is_vit_h(config):
+        whole = open_clip.create_model("ViT-H-14", load_weights=False, device="meta").state_dict()
+        rest = {name: tensor for name, tensor in whole.items() if name not in have and name != "attn_mask"}
+    for name, tensor in rest.items():
+        yield name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _tower_tensors(config: TextConfig) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in text_tensors(config).items() if name.startswith("tower.")}
