@@ -24,6 +24,7 @@ from vdm.interop.diffusers_json import (
     read_unet,
     read_vae,
 )
+from vdm.interop.ldm import tower_tensors
 from vdm.interop.links import NOTHING, Allowed, Report, to_ours, to_theirs
 from vdm.interop.model import (
     Part,
@@ -36,7 +37,7 @@ from vdm.interop.model import (
     write_json,
     write_notes,
 )
-from vdm.interop.names import text_links, text_tensors, unet_links, unet_tensors, vae_links, vae_tensors
+from vdm.interop.names import text_links, unet_links, unet_tensors, vae_links, vae_tensors
 from vdm.interop.tokenizer import read_pad_token, write_tokenizer
 from vdm.weights import open_weights, write_safetensors
 
@@ -100,7 +101,7 @@ def _open_part(path: Path, part: str, config: Config, variant: str | None, allow
         weights, report = to_ours(part, vae_links(config.vae, "diffusers"), theirs, vae, source=source, allowed=allowed)
     else:
         theirs = theirs.renamed(lambda name: name if name.startswith("text_model.") else f"text_model.{name}")
-        tower = {name: t for name, t in text_tensors(config.text).items() if name.startswith("tower.")}
+        tower = tower_tensors(config.text)
         weights, report = to_ours(
             part, text_links(config.text, "transformers"), theirs, tower, source=source, allowed=allowed,
             left_out=lambda name: name.endswith("position_ids"),

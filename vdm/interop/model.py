@@ -80,20 +80,24 @@ def refuse_unless(tree: Mapping[str, Any], only: Mapping[str, Any], path: Path) 
             raise UserError(f"{path}: {said}; give another folder")
 
 
-def with_note(path: Path, derived: Config, described: Callable[[Config], object]) -> Config:
-    """Our own config from the note in a folder, as long as it describes the model that the folder now holds.
-
-    `described` is what the folder would say of a config. Else `derived`, what the folder says by itself.
-    """
-    note = path / NOTE
-    if not note.is_file():
-        return derived
+def read_note(path: Path) -> Config | None:
+    """Our own config from the note in a folder, if there is one."""
     try:
-        ours = load(note)
-        agrees = described(ours) == described(derived)
+        return load(path / NOTE)
     except UserError:
+        return None
+
+
+def with_note(path: Path, derived: Config, described: Callable[[Config], object]) -> Config:
+    """Our config from the note, as long as it describes the model that the folder now holds; else `derived`.
+
+    `derived` is what the folder says by itself, and `described` is what it would say of a config.
+    """
+    note = read_note(path)
+    try:
+        return note if note is not None and described(note) == described(derived) else derived
+    except UserError:  # it describes nothing that this layout could hold
         return derived
-    return ours if agrees else derived
 
 
 def config_of(path: Path, **sections: Any) -> Config:

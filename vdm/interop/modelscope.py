@@ -6,7 +6,6 @@ the folder; a folder written here has our whole config beside it, and is open to
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from vdm.config import Config
 from vdm.diffusion import DiffusionConfig, SamplingConfig
 from vdm.errors import UserError
+from vdm.interop.ldm import VAE_PREFIX, open_text, open_vae, text_config, tower_tensors
 from vdm.interop.links import NOTHING, Allowed, Report, to_ours, to_theirs
 from vdm.interop.model import (
     Part,
@@ -26,17 +26,17 @@ from vdm.interop.model import (
     config_of,
     need,
     read_json,
+    read_note,
     refuse_unless,
-    text_state,
     with_note,
     write_json,
     write_notes,
 )
-from vdm.interop.names import text_links, text_tensors, unet_links, unet_tensors, vae_links, vae_tensors
+from vdm.interop.names import text_links, unet_links, unet_tensors, vae_links
 from vdm.models import UNetConfig, VAEConfig
 from vdm.text.encoder import TextConfig
 from vdm.text.pretrained import tower_weights
-from vdm.weights import SUFFIX, Weights, open_weights
+from vdm.weights import SUFFIX, open_weights
 
 CONFIGURATION = "configuration.json"
 FILES = {
@@ -45,7 +45,6 @@ FILES = {
     "text": "open_clip_pytorch_model.bin",
 }
 FILE_KEYS = {"unet": "ckpt_unet", "vae": "ckpt_autoencoder", "text": "ckpt_clip"}
-VAE_PREFIX = "first_stage_model."
 
 # The original's own way to sample: `linear_sd` betas, 50 steps at t = 1, 21, ..., 981, each 20 steps down, and the last
 # to step 0. diffusers' DDIMScheduler with leading spacing, steps_offset 1 and set_alpha_to_one false does the same
@@ -74,10 +73,12 @@ def open_modelscope(path: Path, *, allowed: Allowed = NOTHING) -> StoredModel:
         raise UserError(f"{file} describes {kind}, not the original's text-to-video model; give another folder")
     cfg, names = model["model_cfg"], need(model, "model_args", file)
     files = {part: _weight_file(path, names.get(key, FILES[part])) for part, key in FILE_KEYS.items()}
+    note = read_note(path)
     derived = config_of(
         path,
-        model=_read_unet(cfg, file),
-        text=_text_config(files["text"]),
+        model=_read_unet(cfg, file, groups=note.model.norm_num_groups if note else 32),
+        vae=note.vae if note else VAEConfig(),
+        text=text_config(tower_weights(open_weights(files["text"])), str(files["text"])),
         diffusion=SCHEDULE,
         sampling=replace(SAMPLING, num_frames=names.get("max_frames", 16)),
     )
@@ -88,8 +89,8 @@ def open_modelscope(path: Path, *, allowed: Allowed = NOTHING) -> StoredModel:
         config,
         {
             "unet": lambda: _open_unet(files["unet"], config.model, allowed),
-            "vae": lambda: _open_vae(files["vae"], config.vae, allowed),
-            "text": lambda: _open_text(files["text"], config.text, allowed),
+            "vae": lambda: open_vae(open_weights(files["vae"]), files["vae"], config.vae, allowed),
+            "text": lambda: open_text(open_weights(files["text"]), files["text"], config.text, allowed),
         },
     )
 
@@ -101,7 +102,7 @@ def _weight_file(path: Path, name: str) -> Path:
     return safe if safe.is_file() and not file.is_file() else file
 
 
-def _read_unet(cfg: Mapping[str, Any], file: Path) -> UNetConfig:
+def _read_unet(cfg: Mapping[str, Any], file: Path, *, groups: int) -> UNetConfig:
     fixed = {
         "mean_type": "eps", "temporal_attention": "True", "num_timesteps": 1000, "var_type": "fixed_small",
         "unet_out_dim": need(cfg, "unet_in_dim", file),
@@ -119,18 +120,7 @@ def _read_unet(cfg: Mapping[str, Any], file: Path) -> UNetConfig:
         attention_head_dim=need(cfg, "unet_head_dim", file),
         context_dim=need(cfg, "unet_context_dim", file),
         dropout=cfg.get("unet_dropout", 0.0),
-    )
-
-
-def _text_config(file: Path) -> TextConfig:
-    """The shape of the tower in a file; heads are 64 wide, as in every CLIP."""
-    tower = tower_weights(open_weights(file))
-    layers = {int(match[1]) for name in tower if (match := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
-    if "positional_embedding" not in tower or not layers:
-        raise UserError(f"{file} holds no text tower of open_clip; give another file")
-    length, width = tower.specs["positional_embedding"].shape
-    return TextConfig(
-        text_width=width, text_heads=max(1, width // 64), text_layers=max(layers) + 1, context_length=length
+        norm_num_groups=groups,
     )
 
 
@@ -140,40 +130,6 @@ def _open_unet(file: Path, config: UNetConfig, allowed: Allowed) -> Part:
         "unet", links, open_weights(file), unet_tensors(config), source=str(file), allowed=allowed
     )
     return Part(weights, (file,), report)
-
-
-def _open_vae(file: Path, config: VAEConfig, allowed: Allowed) -> Part:
-    """The file may be a whole image model, as the original's is, of which the rest is left out."""
-    whole = open_weights(file)
-    if any(name.startswith(VAE_PREFIX) for name in whole):
-        whole = whole.renamed(lambda name: name.removeprefix(VAE_PREFIX) if name.startswith(VAE_PREFIX) else name)
-    weights, report = to_ours(
-        "vae", vae_links(config, "ldm"), whole, vae_tensors(config), source=str(file), allowed=allowed,
-        left_out=lambda name: not name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")),
-    )  # fmt: skip
-    return Part(weights, (file,), report)
-
-
-def _open_text(file: Path, config: TextConfig, allowed: Allowed) -> Part:
-    """The file is a whole CLIP, of which we use the text tower but for its last layer and its projection."""
-    weights, report = to_ours(
-        "text", text_links(config, "open_clip"), _clip_names(open_weights(file)), _tower_tensors(config),
-        source=str(file), allowed=allowed, left_out=lambda name: _unused_in_clip(name, config),
-    )  # fmt: skip
-    return Part(text_state(weights, file.parent), (file,), report)
-
-
-def _clip_names(weights: Weights) -> Weights:
-    """The tower's tensors named relative to it, all others as they are."""
-    tower = tower_weights(weights)
-    others = weights.renamed(lambda name: name if name.removeprefix("module.").startswith("visual.") else None)
-    return tower.updated(others)
-
-
-def _unused_in_clip(name: str, config: TextConfig) -> bool:
-    last = f"transformer.resblocks.{config.text_layers - 1}."
-    unused = ("text_projection", "logit_scale", "logit_bias", "attn_mask")
-    return name.startswith((last, "visual.", "module.visual.")) or name in unused
 
 
 # Writing
@@ -283,7 +239,7 @@ def _rest_of_clip(config: TextConfig) -> Iterator[tuple[str, Tensor]]:
     That is the tower's last layer, which makes its depth what it says; and of ViT-H/14, all else.
     """
     have = {link.theirs[0]: tensor for link, tensor in zip(
-        text_links(config, "open_clip"), _tower_tensors(config).values(), strict=True
+        text_links(config, "open_clip"), tower_tensors(config).values(), strict=True
     )}  # fmt: skip
     last, before = (f"transformer.resblocks.{config.text_layers - i}." for i in (1, 2))
     rest = {name.replace(before, last): tensor for name, tensor in have.items() if name.startswith(before)}
@@ -292,7 +248,3 @@ def _rest_of_clip(config: TextConfig) -> Iterator[tuple[str, Tensor]]:
         rest = {name: tensor for name, tensor in whole.items() if name not in have and name != "attn_mask"}
     for name, tensor in rest.items():
         yield name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-
-
-def _tower_tensors(config: TextConfig) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in text_tensors(config).items() if name.startswith("tower.")}

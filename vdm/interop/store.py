@@ -9,6 +9,7 @@ from vdm.config import load
 from vdm.errors import UserError
 from vdm.interop.diffusers import open_diffusers
 from vdm.interop.diffusers_json import INDEX
+from vdm.interop.ldm import open_stable_diffusion
 from vdm.interop.links import NOTHING, Allowed
 from vdm.interop.model import PARTS, Part, StoredModel
 from vdm.interop.modelscope import CONFIGURATION, open_modelscope
@@ -17,16 +18,18 @@ from vdm.weights import SUFFIX
 
 
 def open_model(path: str | Path, *, variant: str | None = None, allowed: Allowed = NOTHING) -> StoredModel:
-    """A model folder in our layout, diffusers' or the original's, whichever it is; no weights are read yet.
+    """A model folder in our layout, diffusers' or the original's, whichever it is, or Stable Diffusion 2 in one file.
 
-    `variant` is diffusers' ("fp16"). Raises `UserError` where the folder is none of these, or another model's.
+    No weights are read yet. `variant` is diffusers' ("fp16"). Raises `UserError` where the folder is none of these, or another model's.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
-    if not path.is_dir():
+    if path.is_file() and path.suffix not in (SUFFIX, ".ckpt"):
         raise UserError(f"checkpoint {path} is not a folder; give the folder that the model's files are in")
     try:
+        if path.is_file():
+            return open_stable_diffusion(path, allowed=allowed)
         if (path / INDEX).is_file():
             return open_diffusers(path, variant=variant, allowed=allowed)
         if variant is not None:
