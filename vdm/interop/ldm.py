@@ -1,4 +1,4 @@
-"""Latent diffusion's own files: the autoencoder and CLIP as the original has them too, and Stable Diffusion 2 in one file.
+"""Latent diffusion's own files: autoencoder and CLIP as the original has them too, and Stable Diffusion 2 in one file.
 
 Sizes are read off the shapes; what these do not tell is as in Stable Diffusion 2: 32 groups in a norm, 64 channels in a
 head.

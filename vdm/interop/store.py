@@ -20,7 +20,8 @@ from vdm.weights import SUFFIX
 def open_model(path: str | Path, *, variant: str | None = None, allowed: Allowed = NOTHING) -> StoredModel:
     """A model folder in our layout, diffusers' or the original's, whichever it is, or Stable Diffusion 2 in one file.
 
-    No weights are read yet. `variant` is diffusers' ("fp16"). Raises `UserError` where the folder is none of these, or another model's.
+    No weights are read yet. `variant` is diffusers' ("fp16"). Raises `UserError` where it is none of these, or another
+    model.
     """
     path = Path(path)
     if not path.exists():
