@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vdm import __version__
 from vdm.errors import UserError
-from vdm.weights import SUFFIX, Weights, open_weights, sha256, write_safetensors
+from vdm.weights import SUFFIX, Weights, open_weights, sha256, write_pickle, write_safetensors
 
 FORMAT_VERSION = 1
 CONFIG, MANIFEST, TRAINER = "config.yaml", "manifest.json", "trainer.pt"
@@ -70,7 +70,7 @@ def save_checkpoint(
         for part, tensors in weights.items():
             write_safetensors(folder / f"{part}{SUFFIX}", tensors)
         if trainer_state is not None:
-            _save_state(dict(trainer_state), folder / TRAINER)
+            write_pickle(folder / TRAINER, trainer_state)
         (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
         files = {file.name: _record(file) for file in sorted(folder.iterdir())}
         manifest = Manifest(FORMAT_VERSION, __version__, dict(info), files)
@@ -109,13 +109,6 @@ def _holds_only_ours(path: Path) -> bool:
 
 def _beside(path: Path, purpose: str) -> Path:
     return path.with_name(f".{path.name}.{purpose}-{os.getpid()}")
-
-
-def _save_state(state: dict[str, Any], file: Path) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:  # how torch says that a write fell short: "[enforce fail at inline_container.cc ..."
-        raise OSError(f"{file.name} could not be written to its end") from error
 
 
 def _put_in_place(folder: Path, path: Path) -> None:

@@ -160,10 +160,10 @@ def _first_cut_off(path: Path) -> str | None:
 
 def _open_shards(index: Path) -> Weights:
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: open_weights(index.parent / Path(name).name) for name in sorted(set(places.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places = {str(k): Path(v).name for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not the index of a sharded weight file; download or copy it again") from error
+    files = {name: open_weights(index.parent / name) for name in sorted(set(places.values()))}
     for name, file in places.items():
         if name not in files[file]:
             raise UserError(f"{index} says that {name} is in {file}, which has no such tensor; download both again")
@@ -211,7 +211,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file one tensor at a time. Raises OSError."""
+    """Write a .safetensors file one tensor at a time. Raises OSError.
+
+    One that is there is replaced when the new one is complete: its tensors may be in use, and they are its pages.
+    """
     weights = Weights.of(tensors)
     # Wide types first, so that every tensor is aligned; then by name.
     names = sorted(weights, key=lambda name: (-weights.specs[name].dtype.itemsize, name))
@@ -223,12 +226,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Ma
         header[name] = {"dtype": _NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             tensor, meta = weights[name].detach(), weights.specs[name]
             assert tensor.shape == meta.shape and tensor.dtype == meta.dtype, name
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    unfinished.replace(path)
+
+
+def write_pickle(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what `torch.load(weights_only=True)` reads, as `write_safetensors` does. Raises OSError."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(dict(state), unfinished)
+        unfinished.replace(path)
+    except RuntimeError as error:  # how torch says that a write fell short: "[enforce fail at inline_container.cc ..."
+        raise OSError(f"{path.name} could not be written to its end") from error
 
 
 def sha256(file: Path) -> str:

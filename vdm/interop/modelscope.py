@@ -36,7 +36,7 @@ from vdm.interop.names import text_links, unet_links, unet_tensors, vae_links
 from vdm.models import UNetConfig, VAEConfig
 from vdm.text.encoder import TextConfig
 from vdm.text.pretrained import tower_weights
-from vdm.weights import SUFFIX, open_weights
+from vdm.weights import SUFFIX, open_weights, write_pickle
 
 CONFIGURATION = "configuration.json"
 FILES = {
@@ -162,12 +162,12 @@ def write_modelscope(model: StoredModel, folder: Path, *, dtype: torch.dtype | N
         return {name: weights[name].clone() for name in weights}, report
 
     unet, unet_report = convert("unet", unet_links(config.model, "modelscope"))
-    torch.save(unet, folder / FILES["unet"])
+    write_pickle(folder / FILES["unet"], unet)
     del unet  # one part in memory at a time
     vae, vae_report = convert("vae", vae_links(config.vae, "ldm"))
-    torch.save({"state_dict": {VAE_PREFIX + name: tensor for name, tensor in vae.items()}}, folder / FILES["vae"])
+    write_pickle(folder / FILES["vae"], {"state_dict": {VAE_PREFIX + name: t for name, t in vae.items()}})
     text, text_report = convert("text", text_links(config.text, "open_clip"))
-    torch.save({**text, **dict(_rest_of_clip(config.text))}, folder / FILES["text"])
+    write_pickle(folder / FILES["text"], {**text, **dict(_rest_of_clip(config.text))})
     return [unet_report, vae_report, text_report]
 
 
