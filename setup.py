@@ -17,7 +17,7 @@ def version() -> str:
 
 
 TEST = ["pytest>=8", "pytest-cov>=5", "hypothesis>=6.100"]
-PARITY = ["diffusers>=0.30", "transformers>=4.44", "scikit-image>=0.22"]
+PARITY = ["diffusers>=0.30", "transformers>=4.44", "peft>=0.13", "scikit-image>=0.22"]
 TOOLS = ["ruff==0.17.6", "mypy>=1.11", "types-PyYAML"]
 
 setup(

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,7 +217,8 @@ def sampler_error(
     draws, worst = [torch.Generator().manual_seed(seed + 1 + i) for i in range(len(x))], 0.0
     with _noise_of(draws, x.shape):
         for ours, t in zip(path, scheduler.timesteps, strict=True):
-            fold = [z.transpose(1, 2).flatten(0, 1) for z in (network(x, t.expand(len(x))), x)]  # as their pipeline does
+            # Frame by frame, as their pipeline does.
+            fold = [z.transpose(1, 2).flatten(0, 1) for z in (network(x, t.expand(len(x))), x)]
             extra = {"eta": eta} if sampler == "ddim" else {}
             x = scheduler.step(fold[0], int(t), fold[1], **extra).prev_sample.unflatten(0, (2, -1)).transpose(1, 2)
             worst = max(worst, relative(ours, x))
