@@ -2,7 +2,8 @@
 
 Both sides hold the same random weights, in float32 on the CPU, and get the same input. An error is the largest absolute
 difference over the largest absolute value of theirs; of frames, which are in [0, 1], the largest absolute difference.
-`--full` adds the 1.41 B-parameter UNet, which takes about 12 GB of memory, one model after the other.
+`--full` adds the 1.41 B-parameter UNet, which takes about 12 GB of memory, one model after the other. `--original` adds
+the original's own code; see original.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,22 +20,33 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import environment, write_json
+from benchmarks.oracles import (
+    fitting,
+    inputs,
+    randomise,
+    relative,
+    take,
+    their_pipeline,
+    their_text,
+    their_unet,
+    their_vae,
+)
+from benchmarks.original import compare
 from vdm import TextToVideo
 from vdm.cli import Parser, run
-from vdm.config import Config, load
+from vdm.config import load
 from vdm.diffusion import DiffusionConfig, NoiseSchedule, SamplingConfig, ddim_sample, ddpm_sample
 from vdm.errors import UserError
 from vdm.interop.convert import convert
 from vdm.interop.diffusers_json import folder_json
-from vdm.interop.links import Link, to_ours
+from vdm.interop.links import to_ours
 from vdm.interop.names import text_links, unet_links, vae_links
-from vdm.interop.tokenizer import write_tokenizer
 from vdm.models import UNet3D, UNetConfig, VAEConfig, VideoVAE
 from vdm.text.encoder import TextConfig, TextEncoder
-from vdm.weights import Weights, fill
+from vdm.weights import Weights, open_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = UNetConfig(
@@ -57,73 +69,6 @@ class Row(NamedTuple):
     error: float
     bound: float  # that the tests hold it to
     detail: str
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest value."""
-    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
-
-
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every weight anew, those that start at zero or one too, so that every layer counts."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:
-            noise = noise / parameter[0].numel() ** 0.5
-        else:
-            noise = 0.1 * noise + float("norm" in name and name.endswith("weight"))
-        parameter.data.copy_(noise)
-    return module.eval()
-
-
-def take(ours: nn.Module, links: Sequence[Link], theirs: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Fill our module with their weights, by the names that `vdm convert` uses."""
-    state = Weights.of({prefix + name: tensor for name, tensor in theirs.items()})
-    mine = {name: tensor for name, tensor in ours.state_dict().items() if name != "seen_tokens"}
-    weights, _ = to_ours("part", links, state, mine, source="theirs", left_out=lambda name: "position_ids" in name)
-    fill(ours, weights, source="theirs", keep=("seen_tokens",))
-
-
-def their_unet(config: UNetConfig) -> nn.Module:
-    from diffusers import UNet3DConditionModel
-
-    return UNet3DConditionModel.from_config(folder_json(_config(model=config))["unet"])
-
-
-def their_vae(config: VAEConfig) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_config(folder_json(_config(vae=config))["vae"])
-
-
-def their_text(config: TextConfig) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(CLIPTextConfig(**folder_json(_config(text=config))["text_encoder"]))
-
-
-def _config(**sections: Any) -> Config:
-    """A config whose networks fit each other."""
-    model, vae, text = sections.get("model"), sections.get("vae"), sections.get("text")
-    if model is not None:
-        text = text or TextConfig(text_width=model.context_dim, text_heads=1)
-        vae = vae or VAEConfig(latent_channels=model.in_channels)
-    elif text is not None:
-        model = UNetConfig(context_dim=text.text_width)
-    else:
-        model = UNetConfig(in_channels=(vae or VAEConfig()).latent_channels)
-    built = {"model": model, "vae": vae or VAEConfig(), "text": text or TextConfig()}
-    return Config(name="parity", **{**built, **{k: v for k, v in sections.items() if k not in built}})
-
-
-def inputs(config: UNetConfig, shape: tuple[int, int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, time steps and context."""
-    generator = torch.Generator().manual_seed(seed)
-    B, T, h, w = shape
-    latents = torch.randn(B, config.in_channels, T, h, w, generator=generator)
-    timesteps = torch.randint(0, 1000, (B,), generator=generator)
-    return latents, timesteps, torch.randn(B, 7, config.context_dim, generator=generator)
 
 
 def unet_errors(config: UNetConfig, shape: tuple[int, int, int, int], *, seed: int = 0) -> tuple[float, float]:
@@ -194,7 +139,7 @@ def sampler_error(
     import diffusers
 
     schedule = NoiseSchedule(config)
-    tree = {k: v for k, v in folder_json(_config(diffusion=config))["scheduler"].items() if k != "_class_name"}
+    tree = {k: v for k, v in folder_json(fitting(diffusion=config))["scheduler"].items() if k != "_class_name"}
     kind = diffusers.DDIMScheduler if sampler == "ddim" else diffusers.DDPMScheduler
     scheduler = kind(**{key: value for key, value in tree.items() if sampler == "ddim" or key != "set_alpha_to_one"})
     betas = torch.tensor(schedule.trained_betas(), dtype=torch.float64)
@@ -242,26 +187,6 @@ def _noise_of(draws: Sequence[torch.Generator], shape: Sequence[int]) -> Iterato
         scheduling_ddim.randn_tensor, scheduling_ddpm.randn_tensor = real
 
 
-def their_pipeline(folder: Path, config: Config, *, seed: int = 0) -> Any:
-    """diffusers' pipeline with random weights, saved by diffusers itself in `folder`."""
-    from diffusers import DDIMScheduler, TextToVideoSDPipeline
-    from transformers import CLIPTokenizer
-
-    trees = folder_json(config)
-    text = config.text
-    write_tokenizer(folder / "files", context_length=text.context_length, pad_token_id=text.pad_token_id)
-    pipe = TextToVideoSDPipeline(
-        vae=randomise(their_vae(config.vae), seed),
-        text_encoder=randomise(their_text(text), seed + 1),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "files"),
-        unet=randomise(their_unet(config.model), seed + 2),
-        scheduler=DDIMScheduler.from_config(trees["scheduler"]),
-    )
-    pipe.save_pretrained(folder / "saved")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def frame_error(ours: TextToVideo, theirs: Any, *, num_steps: int = 50, guidance_scale: float = 9.0) -> float:
     """The largest difference between the frames of both, from the same noise and the same prompts."""
     shape = (len(PROMPTS), ours.config.model.in_channels, 4, 6, 8)
@@ -275,7 +200,7 @@ def frame_error(ours: TextToVideo, theirs: Any, *, num_steps: int = 50, guidance
     return float(abs(made - expected).max())
 
 
-END_TO_END = _config(
+END_TO_END = fitting(
     model=SMALL, vae=SMALL_VAE, text=SMALL_TEXT, sampling=SamplingConfig(height=24, width=32),
     diffusion=DiffusionConfig(timestep_spacing="leading", set_alpha_to_one=False, ddim_stride="constant"),
 )  # fmt: skip
@@ -293,7 +218,7 @@ def opened_there(folder: Path) -> float:
 
     convert(ROOT / "vdm" / "assets" / "demo", folder / "demo", to="diffusers", say=lambda line: None)
     theirs = DiffusionPipeline.from_pretrained(folder / "demo")
-    theirs.set_progress_bar_config(disable=True)
+    theirs.set_progress_barfitting(disable=True)
     return frame_error(TextToVideo.from_pretrained(), theirs)
 
 
@@ -310,8 +235,6 @@ def full_size_error() -> float:
         gc.collect()
         ours = UNet3D(config).eval()
         file = next(Path(folder).glob("*.safetensors"))
-        from vdm.weights import open_weights
-
         take(ours, unet_links(config, "diffusers"), open_weights(file))
         return relative(ours(latents, timesteps, context), expected)
 
@@ -338,7 +261,7 @@ def settings() -> Iterator[tuple[str, int, DiffusionConfig, float]]:
         yield "ddim", 30, config, 0.5
 
 
-def rows(*, full: bool) -> Iterator[Row]:
+def rows(*, full: bool, original: Path | None) -> Iterator[Row]:
     """The whole table."""
     for name, config, shapes in (("small", SMALL, SHAPES), ("mid-size", MID, SHAPES[1:3])):
         errors = [unet_errors(config, shape, seed=i) for i, shape in enumerate(shapes)]
@@ -364,11 +287,14 @@ def rows(*, full: bool) -> Iterator[Row]:
             yield Row(f"frames: {name}", "TextToVideoSDPipeline", end(Path(folder)), 1e-3, "50 DDIM steps, guidance 9")
     if full:
         yield Row("UNet, a100.yaml: output", "UNet3DConditionModel", full_size_error(), 1e-4, "1411.2 M parameters")
+    if original is not None:
+        yield from (Row(*row) for row in compare(original))
 
 
 def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="parity.py", description=str(__doc__).split("\n")[0])
     parser.flag("--full", action="store_true", help="the full-size UNet too")
+    parser.flag("--original", type=Path, metavar="DIR", help="modelscope's own folder video_synthesis")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options: argparse.Namespace = parser.parse_args(arguments)
     try:
@@ -378,7 +304,7 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError(f"{error.name} is not installed; pip install -e '.[parity]'") from error
     table = []
     print("| what | against | largest error | bound | |\n|---|---|---|---|---|")
-    for row in rows(full=options.full):
+    for row in rows(full=options.full, original=options.original):
         print(f"| {row.what} | {row.against} | {row.error:.1e} | {row.bound:.0e} | {row.detail} |", flush=True)
         table.append(row._asdict())
     if options.json is not None:

@@ -251,6 +251,54 @@ def test_lower_precision_inside_float32_outside(tmp_path: Path) -> None:
     assert 0.0 < np.abs(low - exact).mean() < 0.02
 
 
+# ---- the keywords of diffusers
+
+
+def test_embeddings_stand_for_prompts(pipe: TextToVideo) -> None:
+    ball, cup = (pipe.text_encoder([prompt]).detach() for prompt in PROMPTS)
+    wanted = latents_of(pipe, PROMPTS[0], negative_prompt=PROMPTS[1])
+    options = {"generator": seeds(0), "output_type": "latent"}
+    found = pipe(prompt_embeds=ball, negative_prompt_embeds=cup, **options).frames  # type: ignore[arg-type]
+    assert torch.equal(found, wanted)
+
+
+def test_the_callback_sees_every_so_many_steps(pipe: TextToVideo) -> None:
+    seen: list[tuple[int, int, Tensor]] = []
+    options = {"generator": seeds(0), "output_type": "latent", "num_inference_steps": 5, "callback_steps": 2}
+    last = pipe(PROMPTS[0], callback=lambda *args: seen.append(args), **options).frames  # type: ignore[arg-type]
+    assert [(step, t) for step, t, _ in seen] == [(0, 999), (2, 599), (4, 199)]
+    assert torch.equal(seen[-1][2], last)
+
+
+def test_the_result_is_a_tuple_with_a_name(pipe: TextToVideo) -> None:
+    result = pipe(PROMPTS, generator=seeds(0, 1), return_dict=False)
+    (frames,) = result
+    assert frames is result.frames is result[0]
+
+
+def test_images_are_the_frames_in_bytes(pipe: TextToVideo) -> None:
+    exact = pipe(PROMPTS, generator=seeds(0, 1)).frames
+    images = pipe(PROMPTS, generator=seeds(0, 1), output_type="pil").frames
+    assert [len(clip) for clip in images] == [4, 4] and images[0][0].size == (16, 16)
+    assert (
+        np.abs(np.stack([[np.asarray(frame) for frame in clip] for clip in images]) / 255 - exact).max()
+        <= 0.5 / 255 + 1e-6
+    )
+
+
+def test_latents_say_the_size(pipe: TextToVideo) -> None:
+    noise = torch.randn(2, 4, 3, 2, 6, generator=seeds(0)[0])
+    assert pipe(PROMPTS, latents=noise).frames.shape == (2, 3, 8, 24, 3)
+    with pytest.raises(UserError, match=r"latents must be \(2, 4, 3, 4, 6\), got \(2, 4, 3, 2, 6\)"):
+        pipe(PROMPTS, latents=noise, height=16)
+
+
+def test_one_generator_draws_the_noise_of_all_clips_at_once(pipe: TextToVideo) -> None:
+    noise = torch.randn(2, 4, 4, 4, 4, generator=seeds(3)[0])
+    found = pipe(PROMPTS, generator=seeds(3)[0], output_type="latent").frames
+    assert torch.equal(found, pipe(PROMPTS, latents=noise, output_type="latent").frames)
+
+
 # ---- what is refused
 
 

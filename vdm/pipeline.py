@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vdm.checkpoint import save_checkpoint
@@ -221,7 +220,7 @@ class TextToVideo:
             eta: of the ddim sampler, 0 to 1.
             generator: one for each clip, or one from which the noise of all clips is drawn at once; without it the
                 noise is random. Noise is drawn in float32 whatever the precision of the model.
-            latents: the noise to start from instead, (B, C, T, h, w).
+            latents: the noise to start from instead, (B, C, T, h, w); it says the sizes that are not given.
             prompt_embeds, negative_prompt_embeds: contexts (B, L, D) in place of prompts, as `text_encoder` makes them.
             output_type: see `VideoOutput`.
             return_dict: the result has a name for its frames and is the tuple (frames,), so either will do.
@@ -229,45 +228,50 @@ class TextToVideo:
 
         Raises `UserError` for an empty list of prompts, impossible sizes, or counts that do not match.
         """
-        given: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps, "num_frames": num_frames, "height": height, "width": width,
-            "guidance_scale": guidance_scale, "eta": eta, "sampler": sampler,
-        }  # fmt: skip
-        options = replace(self.config.sampling, **{key: value for key, value in given.items() if value is not None})
+        options = self._options(
+            latents, num_inference_steps=num_inference_steps, num_frames=num_frames, height=height, width=width,
+            guidance_scale=guidance_scale, eta=eta, sampler=sampler,
+        )  # fmt: skip
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UserError(f"output_type must be np, pt, pil or latent, got {output_type!r}")
         if callback_steps < 1:
             raise UserError(f"callback_steps must be at least 1, got {callback_steps}")
         shape = self._latent_shape(options)
-        cond = self._context(prompt, prompt_embeds)
-        negative = options.negative_prompt if negative_prompt is None else negative_prompt
-        uncond = None
+        cond, uncond = self._context(prompt, prompt_embeds), None
         if options.guidance_scale > 1.0:
+            negative = options.negative_prompt if negative_prompt is None else negative_prompt
             same = [negative] * len(cond) if isinstance(negative, str) else negative
-            uncond = self._context(same, negative_prompt_embeds, count=len(cond))
+            uncond = self._context(None if negative_prompt_embeds is not None else same, negative_prompt_embeds)
+            if len(uncond) != len(cond):
+                raise UserError(f"got {len(cond)} prompts and {len(uncond)} negative ones; give as many, or one text")
         z = self._start(generator, latents, (len(cond), *shape))
         report = None if callback is None else _every(callback_steps, callback)
         z = self._denoise(cond, uncond, z, options, _one_each(generator, len(cond)), report)
         return VideoOutput(self._frames(z, output_type))
 
-    def _context(
-        self, prompt: str | Sequence[str] | None, embeds: Tensor | None, *, count: int | None = None
-    ) -> Tensor:
+    def _options(self, latents: Tensor | None, **given: Any) -> SamplingConfig:
+        """The config's `sampling` section with what is given; sizes that are not are those of the latents."""
+        known = {key: value for key, value in given.items() if value is not None}
+        if latents is not None:
+            channels, factor = self.vae.config.latent_channels, self.vae.config.factor
+            if latents.dim() != 5 or latents.shape[1] != channels:
+                raise UserError(f"latents must be (B, {channels}, T, h, w), got {tuple(latents.shape)}")
+            frames, height, width = latents.shape[2:]
+            known = {"num_frames": frames, "height": height * factor, "width": width * factor, **known}
+        return replace(self.config.sampling, **known)
+
+    def _context(self, prompt: str | Sequence[str] | None, embeds: Tensor | None) -> Tensor:
         """The context (B, L, D) of prompts, or the one that is given instead."""
         if embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-            if not prompts or len(prompts) != (count or len(prompts)):
-                raise UserError(
-                    f"got {count or 0} prompts and {len(prompts)} negative ones; give at least one, and as many"
-                )
+            if not prompts:
+                raise UserError("got 0 prompts; give at least one, or prompt_embeds")
             return self.text_encoder(prompts)
-        if (
-            embeds.dim() != 3
-            or embeds.shape[2] != self.config.model.context_dim
-            or len(embeds) != (count or len(embeds))
-        ):
-            wanted = f"({count or 'B'}, L, {self.config.model.context_dim})"
-            raise UserError(f"prompt embeddings must be {wanted}, got {tuple(embeds.shape)}")
+        if prompt is not None:
+            raise UserError("give prompt or prompt_embeds, not both")
+        if embeds.dim() != 3 or embeds.shape[2] != self.config.model.context_dim or not len(embeds):
+            wanted = f"(B, L, {self.config.model.context_dim})"
+            raise UserError(f"prompt_embeds must be {wanted}, got {tuple(embeds.shape)}")
         return embeds.to(self.device)
 
     def _start(
@@ -285,7 +289,7 @@ class TextToVideo:
             return initial_noise(shape, [generator], self.device)[0]
         return initial_noise(shape[1:], _one_each(generator, shape[0]), self.device)
 
-    def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Image.Image]]:
+    def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Any]]:
         if output_type == "latent":
             return z
         video = torch.cat([self.vae.decode(one) for one in z.split(1)])  # one clip at a time: memory does not add up
@@ -295,6 +299,8 @@ class TextToVideo:
         array = video.permute(0, 1, 3, 4, 2).cpu().float().numpy()
         if output_type == "np":
             return array
+        from PIL import Image  # comes with open_clip
+
         return [[Image.fromarray(frame) for frame in clip] for clip in (array * 255).round().astype(np.uint8)]
 
     def _latent_shape(self, options: SamplingConfig) -> tuple[int, int, int, int]:

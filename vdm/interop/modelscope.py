@@ -244,7 +244,8 @@ def _rest_of_clip(config: TextConfig) -> Iterator[tuple[str, Tensor]]:
     last, before = (f"transformer.resblocks.{config.text_layers - i}." for i in (1, 2))
     rest = {name.replace(before, last): tensor for name, tensor in have.items() if name.startswith(before)}
     if _is_vit_h(config):
-        whole = open_clip.create_model("ViT-H-14", load_weights=False, device="meta").state_dict()
+        with torch.device("meta"):
+            whole = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()
         rest = {name: tensor for name, tensor in whole.items() if name not in have and name != "attn_mask"}
     for name, tensor in rest.items():
         yield name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
