@@ -308,7 +308,11 @@ def test_one_generator_draws_the_noise_of_all_clips_at_once(pipe: TextToVideo) -
         ([], {}, "0 prompts"),
         (PROMPTS, {"negative_prompt": ["one"]}, "2 prompts and 1 negative"),
         (PROMPTS, {"generator": seeds(0)}, "1 generators for 2 prompts"),
-        ("ball", {"latents": torch.zeros(1, 4, 4, 4, 5)}, r"latents must be \(1, 4, 4, 4, 4\), got \(1, 4, 4, 4, 5\)"),
+        (
+            "ball",
+            {"latents": torch.zeros(1, 4, 4, 4, 5), "width": 16},
+            r"latents must be \(1, 4, 4, 4, 4\), got \(1, 4, 4, 4, 5\)",
+        ),
         ("ball", {"output_type": "gif"}, "np, pt, pil or latent"),
         ("ball", {"height": 18}, "height=18 is not divisible by 4"),
         ("ball", {"width": 30}, "width=30 is not divisible by 4"),
