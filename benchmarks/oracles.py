@@ -47,13 +47,13 @@ def take(ours: nn.Module, links: Sequence[Link], theirs: Mapping[str, Tensor], p
 def their_unet(config: UNetConfig) -> nn.Module:
     from diffusers import UNet3DConditionModel
 
-    return UNet3DConditionModel.fromfitting(folder_json(fitting(model=config))["unet"])
+    return UNet3DConditionModel.from_config(folder_json(fitting(model=config))["unet"])
 
 
 def their_vae(config: VAEConfig) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.fromfitting(folder_json(fitting(vae=config))["vae"])
+    return AutoencoderKL.from_config(folder_json(fitting(vae=config))["vae"])
 
 
 def their_text(config: TextConfig) -> nn.Module:
@@ -98,7 +98,7 @@ def their_pipeline(folder: Path, config: Config, *, seed: int = 0) -> Any:
         text_encoder=randomise(their_text(text), seed + 1),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "files"),
         unet=randomise(their_unet(config.model), seed + 2),
-        scheduler=DDIMScheduler.fromfitting(trees["scheduler"]),
+        scheduler=DDIMScheduler.from_config(trees["scheduler"]),
     )
     pipe.save_pretrained(folder / "saved")
     pipe.set_progress_barfitting(disable=True)
