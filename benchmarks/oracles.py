@@ -101,5 +101,5 @@ def their_pipeline(folder: Path, config: Config, *, seed: int = 0) -> Any:
         scheduler=DDIMScheduler.from_config(trees["scheduler"]),
     )
     pipe.save_pretrained(folder / "saved")
-    pipe.set_progress_barfitting(disable=True)
+    pipe.set_progress_bar_config(disable=True)
     return pipe

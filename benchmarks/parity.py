@@ -218,7 +218,7 @@ def opened_there(folder: Path) -> float:
 
     convert(ROOT / "vdm" / "assets" / "demo", folder / "demo", to="diffusers", say=lambda line: None)
     theirs = DiffusionPipeline.from_pretrained(folder / "demo")
-    theirs.set_progress_barfitting(disable=True)
+    theirs.set_progress_bar_config(disable=True)
     return frame_error(TextToVideo.from_pretrained(), theirs)
 
 
