@@ -210,16 +210,15 @@ class TextToVideo:
     ) -> VideoOutput:
         """Make one clip for each prompt; what is not given comes from the config's `sampling` section.
 
-        The names and their meaning are those of diffusers' TextToVideoSDPipeline, of which cross_attention_kwargs
-        (processors of its attention) and clip_skip (the tower ends where it is read) have no counterpart.
+        Names and meaning are those of diffusers' TextToVideoSDPipeline, of which cross_attention_kwargs (processors of
+        its attention) and clip_skip (our tower ends where it is read) have no counterpart.
 
         Args:
             negative_prompt: what to steer away from, one for all or one per prompt.
             height, width: pixels, divisible by the VAE's factor.
             guidance_scale: up to 1 is without guidance.
             eta: of the ddim sampler, 0 to 1.
-            generator: one for each clip, or one from which the noise of all clips is drawn at once; without it the
-                noise is random. Noise is drawn in float32 whatever the precision of the model.
+            generator: one for each clip, or one that draws all at once, in float32; without it the noise is random.
             latents: the noise to start from instead, (B, C, T, h, w); it says the sizes that are not given.
             prompt_embeds, negative_prompt_embeds: contexts (B, L, D) in place of prompts, as `text_encoder` makes them.
             output_type: see `VideoOutput`.

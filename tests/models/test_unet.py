@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import UNET, close, differ, randn, randomise
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import oracles
 from vdm.config import load
 from vdm.errors import UserError
+from vdm.interop.names import unet_links
 from vdm.models import UNet3D, UNetConfig
 
 A100 = Path(__file__).resolve().parents[2] / "configs" / "a100.yaml"
@@ -57,69 +59,6 @@ def test_the_original_has_1411233860_parameters_in_1480_tensors(config: UNetConf
     assert unpacked_shapes(network).total() == 1_480
 
 
-@pytest.mark.parity
-def test_the_original_has_the_tensors_of_diffusers() -> None:
-    from diffusers import UNet3DConditionModel
-
-    with torch.device("meta"):
-        ours, theirs = UNet3D(load(A100).model), UNet3DConditionModel()  # its defaults are the original's
-    assert unpacked_shapes(ours) == Counter(tuple(tensor.shape) for tensor in theirs.state_dict().values())
-
-
-def diffusers_modules(config: UNetConfig) -> dict[str, str]:
-    """Our blocks -> diffusers' blocks."""
-    names = {"norm_out": "conv_norm_out", "time_embedding.linear1": "time_embedding.linear_1"}
-    names["time_embedding.linear2"] = "time_embedding.linear_2"
-    kinds = {"res": "resnets", "temporal_conv": "temp_convs", "spatial": "attentions", "temporal": "temp_attentions"}
-
-    def layer(ours: str, theirs: str, index: int) -> None:
-        names.update({f"{ours}.{kind}": f"{theirs}.{kinds[kind]}.{index}" for kind in kinds})
-
-    depth = config.num_res_blocks
-    for level in range(len(config.channel_mult)):
-        first = level * (depth + 1)
-        for i in range(depth):
-            layer(f"encoder.{first + i}", f"down_blocks.{level}", i)
-        names[f"encoder.{first + depth}.conv"] = f"down_blocks.{level}.downsamplers.0.conv"
-        for i in range(depth + 1):
-            layer(f"decoder.{first + i}.layer", f"up_blocks.{level}", i)
-        names[f"decoder.{first + depth + 1}.upsample.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-    layer("middle.0", "mid_block", 0)
-    layer("middle.1", "mid_block", 1)
-    return names
-
-
-def diffusers_names(name: str, modules: dict[str, str]) -> list[str]:
-    """Our tensor -> the diffusers' tensors that it packs."""
-    module = max((ours for ours in modules if name.startswith(ours + ".")), key=len, default="")
-    name = modules.get(module, "") + name.removeprefix(module)
-    name = re.sub(r"\.norms\.(\d)", lambda match: f".conv{int(match[1]) + 1}.0", name)
-    name = re.sub(r"\.convs\.(\d)", lambda match: f".conv{int(match[1]) + 1}.{3 if int(match[1]) else 2}", name)
-    changes = {".block.": ".transformer_blocks.0.", ".to_out.": ".to_out.0.", ".emb.": ".time_emb_proj."}
-    changes |= {".shortcut.": ".conv_shortcut.", ".ff.linear1.": ".ff.net.0.proj.", ".ff.linear2.": ".ff.net.2."}
-    for ours, theirs in changes.items():
-        name = name.replace(ours, theirs)
-    kinds = re.search(r"to_(qkv|kv)\.", name)
-    return [name.replace(kinds[0], f"to_{kind}.") for kind in kinds[1]] if kinds else [name]
-
-
-def diffusers_unet(config: UNetConfig) -> Any:
-    from diffusers import UNet3DConditionModel
-
-    levels = config.attention_levels
-    return UNet3DConditionModel(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        down_block_types=tuple("CrossAttnDownBlock3D" if attention else "DownBlock3D" for attention in levels),
-        up_block_types=tuple("CrossAttnUpBlock3D" if attention else "UpBlock3D" for attention in levels[::-1]),
-        block_out_channels=config.channels,
-        layers_per_block=config.num_res_blocks,
-        norm_num_groups=config.norm_num_groups,
-        cross_attention_dim=config.context_dim,
-        attention_head_dim=config.attention_head_dim,
-    )
-
-
 DEEP = UNetConfig(
     unet_dim=8,
     channel_mult=(1, 2, 3),
@@ -134,9 +73,9 @@ DEEP = UNetConfig(
 @pytest.mark.parametrize("T, h, w", [(1, 8, 8), (2, 4, 12), (3, 5, 7), (4, 9, 6), (5, 8, 11)])
 @pytest.mark.parametrize("config", [DEEP, replace(UNET, attention_heads=8, temporal_layers=4)], ids=["deep", "shallow"])
 def test_output_is_that_of_diffusers(config: UNetConfig, T: int, h: int, w: int) -> None:
-    theirs = randomise(diffusers_unet(config))
-    ours, modules = UNet3D(config).double().eval(), diffusers_modules(config)
-    tiny.fill(ours, theirs.state_dict(), lambda name: diffusers_names(name, modules))
+    theirs = randomise(oracles.their_unet(config))
+    ours = UNet3D(config).double().eval()
+    oracles.take(ours, unet_links(config, "diffusers"), theirs.state_dict())
     latents, timesteps, context = inputs(2, T, h, w)
     with torch.inference_mode():
         out, expected = ours(latents, timesteps, context), theirs(latents, timesteps, context).sample

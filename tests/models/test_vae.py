@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import sys
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +15,11 @@ from tiny import VAE, close, copies, differ, randn, randomise
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import oracles
 from vdm.errors import UserError
+from vdm.interop.names import vae_links
 from vdm.models import VAEConfig, VideoVAE
 from vdm.models.vae import AttentionBlock2D, LatentDistribution, ResBlock2D
 
@@ -34,14 +37,6 @@ def latents(B: int = 2, T: int = 3, h: int = 2, w: int = 3, *, seed: int = 0) ->
 # Stable Diffusion's structure
 
 
-def unpacked_shapes(network: nn.Module) -> Counter[tuple[int, ...]]:
-    shapes: Counter[tuple[int, ...]] = Counter()
-    for name, tensor in network.state_dict().items():
-        pieces = 3 if "to_qkv" in name else 1
-        shapes[(tensor.shape[0] // pieces, *tensor.shape[1:])] += pieces
-    return shapes
-
-
 def test_the_default_has_the_parameters_of_stable_diffusion() -> None:
     with torch.device("meta"):
         network = VideoVAE()
@@ -49,62 +44,12 @@ def test_the_default_has_the_parameters_of_stable_diffusion() -> None:
     assert network.config.factor == 8
 
 
-def diffusers_vae(config: VAEConfig) -> Any:
-    from diffusers import AutoencoderKL
-
-    levels = len(config.vae_channels)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.vae_channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.vae_norm_num_groups,
-    )
-
-
-def diffusers_modules(config: VAEConfig) -> dict[str, str]:
-    """Our layers -> diffusers' layers, in the order in which a frame goes through them."""
-    levels, depth = len(config.vae_channels), config.layers_per_block
-    middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
-    down: list[str] = []
-    for level in range(levels):
-        down += [f"down_blocks.{level}.resnets.{i}" for i in range(depth)]
-        down += [f"down_blocks.{level}.downsamplers.0"] if level < levels - 1 else []
-    down = ["conv_in", *down, *middle, "conv_norm_out", "act", "conv_out"]
-    names = {f"encoder.layers.{i}": f"encoder.{name}" for i, name in enumerate(down)}
-    names[f"encoder.layers.{len(down)}"] = "quant_conv"
-    names |= {"decoder.stages.0.0": "post_quant_conv", "decoder.stages.0.1": "decoder.conv_in"}
-    names |= {f"decoder.stages.0.{i}": f"decoder.{name}" for i, name in enumerate(middle, start=2)}
-    for level in range(levels):
-        up = [f"up_blocks.{level - 1}.upsamplers.0"] if level else []
-        up += [f"up_blocks.{level}.resnets.{i}" for i in range(depth + 1)]
-        names |= {f"decoder.stages.{level + 1}.{i}": f"decoder.{name}" for i, name in enumerate(up)}
-    return names | {"decoder.out.0": "decoder.conv_norm_out", "decoder.out.2": "decoder.conv_out"}
-
-
-def diffusers_names(name: str, modules: dict[str, str]) -> list[str]:
-    module = max((ours for ours in modules if name.startswith(ours + ".")), key=len)
-    name = modules[module] + name.removeprefix(module)
-    name = name.replace(".shortcut.", ".conv_shortcut.").replace("attentions.0.norm.", "attentions.0.group_norm.")
-    name = name.replace(".to_out.", ".to_out.0.")
-    return [name.replace("to_qkv", f"to_{kind}") for kind in "qkv"] if "to_qkv" in name else [name]
-
-
-@pytest.mark.parity
-def test_the_default_has_the_tensors_of_diffusers() -> None:
-    config = VAEConfig()
-    with torch.device("meta"):
-        ours, theirs = VideoVAE(config), diffusers_vae(config)
-    assert unpacked_shapes(ours) == Counter(tuple(tensor.shape) for tensor in theirs.state_dict().values())
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("config", [VAE, replace(VAE, vae_channels=(4, 6, 8), layers_per_block=2, latent_channels=4)])
 def test_moments_and_frames_are_those_of_diffusers(config: VAEConfig) -> None:
-    theirs = randomise(diffusers_vae(config))
-    ours, modules = VideoVAE(config).double().eval(), diffusers_modules(config)
-    tiny.fill(ours, theirs.state_dict(), lambda name: diffusers_names(name, modules))
+    theirs = randomise(oracles.their_vae(config))
+    ours = VideoVAE(config).double().eval()
+    oracles.take(ours, vae_links(config, "diffusers"), theirs.state_dict())
     x = video(2, 3, 8, 20)
     with torch.inference_mode():
         moments = ours.encode(x).moments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -63,16 +63,6 @@ def close(actual: Tensor, expected: Tensor, *, tolerance: float = 1e-9) -> None:
 def differ(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by far more than rounding."""
     return (a - b).abs().max().item() > 1e-3 * a.abs().max().item()
-
-
-def fill(ours: nn.Module, theirs: Mapping[str, Tensor], names: Callable[[str], list[str]]) -> None:
-    """Load another library's weights; `names` says which of its tensors make up ours, stacked along the first axis.
-
-    Every tensor of theirs must be used exactly once.
-    """
-    used = [name for ours_name in ours.state_dict() for name in names(ours_name)]
-    assert sorted(used) == sorted(theirs)
-    ours.load_state_dict({name: torch.cat([theirs[n] for n in names(name)]) for name in ours.state_dict()})
 
 
 def copies(run: Callable[[], object], *, numel: int) -> list[list[str]]:
