@@ -176,8 +176,8 @@ def _noise_of(draws: Sequence[torch.Generator], shape: Sequence[int]) -> Iterato
     from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 
     def draw(*args: Any, **kwargs: Any) -> Tensor:
-        noise = torch.stack([torch.randn(tuple(shape[1:]), generator=one) for one in draws])
-        return noise.double().transpose(1, 2).flatten(0, 1)
+        B, C, T, h, w = shape
+        return torch.cat([torch.randn(T, C, h, w, generator=one) for one in draws]).double()
 
     real = scheduling_ddim.randn_tensor, scheduling_ddpm.randn_tensor
     scheduling_ddim.randn_tensor = scheduling_ddpm.randn_tensor = draw

@@ -112,8 +112,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, suffix: str) 
     ):
         open_weights(path)
     path.write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(UserError, match=f"w{suffix}"):
+    with pytest.raises(UserError, match=f"w{suffix} cannot be read .*a pickle of more than tensors") as caught:
         open_weights(path)
+    assert "weights_only" not in str(caught.value)
     assert not mark.exists()
 
 
@@ -156,6 +157,30 @@ def test_a_sharded_set_is_one(tmp_path: Path) -> None:
     weights = open_weights(shards(tmp_path))
     assert weights.keys() == STATE.keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in STATE.items())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta"), torch.eye(2).to_sparse(), "text"],
+    ids=["complex", "meta", "sparse", "text"],
+)
+def test_a_pickle_of_other_tensors_is_named(tmp_path: Path, bad: object) -> None:
+    torch.save({**STATE, "odd": bad}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w.pth.*odd"):
+        open_weights(tmp_path / "w.pth")
+    torch.save({0: torch.ones(1)}, tmp_path / "n.pth")
+    with pytest.raises(UserError, match=r"n.pth holds a Tensor under 0"):
+        open_weights(tmp_path / "n.pth")
+
+
+def test_an_index_of_itself_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with pytest.raises(UserError, match="is not the index of a sharded weight file"):
+        open_weights(index)
+    index.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not the index of a sharded weight file"):
+        open_weights(index)
 
 
 def test_a_shard_that_is_gone_or_holds_something_else_is_named(tmp_path: Path) -> None:

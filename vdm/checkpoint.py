@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def written_whole(path: str | Path, *, replaces: str, may_replace: Callable[[Pat
     """
     path = Path(path).resolve()
     folder = _beside(path, "tmp")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         if path.exists() and not may_replace(path):
             raise UserError(f"{path} exists and is not a {replaces}; choose another folder or remove it")
@@ -99,6 +100,9 @@ def written_whole(path: str | Path, *, replaces: str, may_replace: Callable[[Pat
         raise UserError(f"{replaces} {path} cannot be written: {error}; {remedy}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # of folders that were made for it none is left empty
+            for parent in made:
+                parent.rmdir()
 
 
 def _holds_only_ours(path: Path) -> bool:
@@ -174,6 +178,14 @@ def verify(path: str | Path) -> Manifest:
     for name in manifest.files:
         _checked(Path(path), manifest, name)
     return manifest
+
+
+def checked_file(path: str | Path, name: str) -> Path:
+    """The path of one file of a checkpoint, after a check of it. Raises UserError."""
+    manifest = read_manifest(path)
+    if name not in manifest.files:
+        raise UserError(f"checkpoint {path} has no {name} in its manifest; copy the checkpoint again or choose another")
+    return _checked(Path(path), manifest, name)
 
 
 def _checked(path: Path, manifest: Manifest, name: str) -> Path:

@@ -70,6 +70,9 @@ def sample_command(arguments: Sequence[str]) -> None:
     """`sample.py`"""
     parser = _sample_parser()
     options = vars(parser.parse_args(arguments))
+    scale = options.pop("lora_scale")
+    if scale is not None and options["lora_path"] is None:
+        raise UserError("--lora_scale is that of --lora_path; give both, or neither")
     if options["sampler"] == "dpmpp":
         raise UserError("--sampler dpmpp is not there yet; use ddim or ddpm")
 
@@ -79,7 +82,7 @@ def sample_command(arguments: Sequence[str]) -> None:
     if texts is not None and file is not None:
         raise UserError("give --prompt or --prompt_file, not both")
     prompts = read_prompts(file) if file is not None else tuple(texts) if texts is not None else PROMPTS
-    files = generate(Request(prompts=prompts, **options))
+    files = generate(Request(prompts=prompts, lora_scale=1.0 if scale is None else scale, **options))
     print(f"wrote {len(files)} clips, samples.jsonl and contact_sheet.png to {files[0].parent}")
 
 
@@ -100,7 +103,7 @@ def _sample_parser() -> Parser:
     parser.flag("--num_videos_per_prompt", type=int, default=1, metavar="N", help="clips of each prompt (default 1)")
     parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4)")
     parser.flag("--lora_path", type=Path, metavar="DIR", help="a LoRA to merge: a folder or a .safetensors file")
-    parser.flag("--lora_scale", type=float, default=1.0, metavar="F", help="how strongly (default 1)")
+    parser.flag("--lora_scale", type=float, metavar="F", help="how strongly (default 1)")
     parser.flag(
         "--output_dir", type=Path, default=Path("results/samples"), metavar="DIR", help="default: results/samples"
     )

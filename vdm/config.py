@@ -92,6 +92,17 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         if not equals:
             raise UserError(f"override {text!r} must be written as section.key=value")
         values |= _locate_all({key.strip(): parse(value, source=f"the value of {key}")})
+    return _build(values)
+
+
+def checked(config: Config) -> Config:
+    """The same config, for one that was not read from YAML: every value of its type. Raises UserError."""
+    tree = parse(to_yaml(config), source="the config")
+    assert isinstance(tree, dict)
+    return _build(_locate_all(tree))
+
+
+def _build(values: Mapping[Place, object]) -> Config:
     sections = {name: _construct(owner, name, values, {}) for name, owner in _SECTIONS.items()}
     config: Config = _construct(Config, "", values, sections)
     return config

@@ -218,7 +218,7 @@ class TextToVideo:
             height, width: pixels, divisible by the VAE's factor.
             guidance_scale: up to 1 is without guidance.
             eta: of the ddim sampler, 0 to 1.
-            generator: one for each clip, or one that draws all at once, in float32; without it the noise is random.
+            generator: one for each clip, or one that draws all at once, in float32; torch's own without it.
             latents: the noise to start from instead, (B, C, T, h, w); it says the sizes that are not given.
             prompt_embeds, negative_prompt_embeds: contexts (B, L, D) in place of prompts, as `text_encoder` makes them.
             output_type: see `VideoOutput`.
@@ -233,16 +233,20 @@ class TextToVideo:
         )  # fmt: skip
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UserError(f"output_type must be np, pt, pil or latent, got {output_type!r}")
-        if callback_steps < 1:
+        if not isinstance(callback_steps, int) or callback_steps < 1:
             raise UserError(f"callback_steps must be at least 1, got {callback_steps}")
         shape = self._latent_shape(options)
         cond, uncond = self._context(prompt, prompt_embeds), None
         if options.guidance_scale > 1.0:
-            negative = options.negative_prompt if negative_prompt is None else negative_prompt
+            negative = negative_prompt
+            if negative is None and negative_prompt_embeds is None:
+                negative = options.negative_prompt
             same = [negative] * len(cond) if isinstance(negative, str) else negative
-            uncond = self._context(None if negative_prompt_embeds is not None else same, negative_prompt_embeds)
+            uncond = self._context(same, negative_prompt_embeds)
             if len(uncond) != len(cond):
                 raise UserError(f"got {len(cond)} prompts and {len(uncond)} negative ones; give as many, or one text")
+            if uncond.shape != cond.shape:
+                raise UserError(f"prompts {tuple(cond.shape)} and negative ones {tuple(uncond.shape)} differ in length")
         z = self._start(generator, latents, (len(cond), *shape))
         report = None if callback is None else _every(callback_steps, callback)
         z = self._denoise(cond, uncond, z, options, _one_each(generator, len(cond)), report)
@@ -251,6 +255,10 @@ class TextToVideo:
     def _options(self, latents: Tensor | None, **given: Any) -> SamplingConfig:
         """The config's `sampling` section with what is given; sizes that are not are those of the latents."""
         known = {key: value for key, value in given.items() if value is not None}
+        for key in ("num_inference_steps", "num_frames", "height", "width"):
+            if not isinstance(known.get(key, 1), int):
+                raise UserError(f"{key} must be a whole number, got {known[key]!r}")
+        _require_tensor("latents", latents)
         if latents is not None:
             channels, factor = self.vae.config.latent_channels, self.vae.config.factor
             if latents.dim() != 5 or latents.shape[1] != channels:
@@ -262,12 +270,15 @@ class TextToVideo:
     def _context(self, prompt: str | Sequence[str] | None, embeds: Tensor | None) -> Tensor:
         """The context (B, L, D) of prompts, or the one that is given instead."""
         if embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            prompts = [prompt] if isinstance(prompt, str) else prompt or []
+            if not isinstance(prompts, list | tuple) or not all(isinstance(one, str) for one in prompts):
+                raise UserError(f"a prompt is a text or a list of texts, got {prompt!r}")
             if not prompts:
                 raise UserError("got 0 prompts; give at least one, or prompt_embeds")
             return self.text_encoder(prompts)
         if prompt is not None:
             raise UserError("give prompt or prompt_embeds, not both")
+        _require_tensor("prompt_embeds", embeds)
         if embeds.dim() != 3 or embeds.shape[2] != self.config.model.context_dim or not len(embeds):
             wanted = f"(B, L, {self.config.model.context_dim})"
             raise UserError(f"prompt_embeds must be {wanted}, got {tuple(embeds.shape)}")
@@ -284,8 +295,8 @@ class TextToVideo:
             if latents.shape != shape:
                 raise UserError(f"latents must be {shape}, got {tuple(latents.shape)}")
             return latents.to(self.device)
-        if isinstance(generator, torch.Generator):
-            return initial_noise(shape, [generator], self.device)[0]
+        if generator is None or isinstance(generator, torch.Generator):
+            return initial_noise(shape, _one_each(generator, 1), self.device)[0]
         return initial_noise(shape[1:], _one_each(generator, shape[0]), self.device)
 
     def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Any]]:
@@ -339,12 +350,15 @@ def _every(count: int, callback: Callable[[int, int, Tensor], None]) -> Callable
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    if generator is None:
-        fresh = torch.Generator()
-        fresh.seed()
-        return [fresh] * count
-    if isinstance(generator, torch.Generator):
-        return [generator] * count
+    if generator is None or isinstance(generator, torch.Generator):
+        return [torch.default_generator if generator is None else generator] * count
+    if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise UserError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
     if len(generator) != count:
         raise UserError(f"got {len(generator)} generators for {count} prompts; give one for each")
     return list(generator)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise UserError(f"{name} must be a torch.Tensor, got a {type(value).__name__}")

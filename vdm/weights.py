@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,22 @@ class Weights(Mapping[str, Tensor]):
         return Weights({new: self.specs[name] for new, name in old.items()}, lambda new: self._read(old[new]))
 
     def cast(self, dtype: torch.dtype | None) -> Weights:
-        """The same, its floating-point tensors as `dtype`; None changes nothing."""
+        """The same, its floating-point tensors as `dtype`; None changes nothing.
+
+        Reading one raises UserError where a number is too large for that.
+        """
         specs = {name: to_float(spec, dtype) for name, spec in self.specs.items()}
-        return Weights(specs, lambda name: to_float(self._read(name), dtype))
+
+        def read(name: str) -> Tensor:
+            tensor = self._read(name)
+            as_dtype = to_float(tensor, dtype)
+            if as_dtype is not tensor and not torch.equal(as_dtype.isinf(), tensor.isinf()):
+                raise UserError(
+                    f"{name} reaches {tensor.abs().max().item():.3g}, too much for {dtype}; use bf16 or fp32"
+                )
+            return as_dtype
+
+        return Weights(specs, read)
 
     def updated(self, tensors: Mapping[str, Tensor]) -> Weights:
         """The same with `tensors` added or put in the place of others; a lazy mapping stays lazy."""
@@ -89,22 +103,32 @@ def to_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor], *, source: str, keep: Collection[str] = ()) -> None:
-    """Copy weights into a module's tensors of the same names, one at a time; those named in `keep` may stay.
-
-    Raises UserError, before anything is changed, where a tensor is missing, unknown or of another shape.
-    """
-    ours, theirs = module.state_dict(), Weights.of(weights)
-    remedy = "use the config that they were made with"
+def require_fit(
+    ours: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str, keep: Collection[str] = ()
+) -> None:
+    """Raises UserError where a tensor of `ours` is missing in `weights`, unless in `keep`, or unknown, or of another
+    shape, or a whole number in place of a fraction."""
+    theirs, remedy = Weights.of(weights), "use the config that they were made with"
     for name, tensor in ours.items():
         if name not in theirs and name not in keep:
             raise UserError(f"{source}: there is no {name}, which this config has ({tuple(tensor.shape)}); {remedy}")
         if name in theirs and theirs.specs[name].shape != tensor.shape:
             shapes = f"{tuple(theirs.specs[name].shape)}, but {tuple(tensor.shape)} in this config"
             raise UserError(f"{source}: {name} is {shapes}; {remedy}")
+        if name in theirs and theirs.specs[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{source}: {name} is of {theirs.specs[name].dtype}, not {tensor.dtype}; {remedy}")
     if unknown := [name for name in theirs if name not in ours]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(f"{source}: this config has no {unknown[0]}{more}; {remedy}")
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], *, source: str, keep: Collection[str] = ()) -> None:
+    """Copy weights into a module's tensors of the same names, one at a time; those named in `keep` may stay.
+
+    Raises UserError, before anything is changed, as `require_fit` does.
+    """
+    ours, theirs = module.state_dict(), Weights.of(weights)
+    require_fit(ours, theirs, source=source, keep=keep)
     with torch.no_grad():
         for name in theirs:
             ours[name].copy_(theirs[name])
@@ -121,6 +145,11 @@ def open_weights(path: Path) -> Weights:
     """
     if not path.is_file():
         raise UserError(f"weight file {path} does not exist")
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"weight file {path} cannot be read: {error.strerror}; change that or give another") from error
     if path.suffix == ".json":
         return _open_shards(path)
     return _open_safetensors(path) if path.suffix == SUFFIX else _open_pickle(path)
@@ -138,11 +167,12 @@ def _open_safetensors(path: Path) -> Weights:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the writer of a .safetensors file noted in it; nothing for other files."""
-    if path.suffix != SUFFIX:
+    """What the writer of a .safetensors file noted in it; nothing for other files, or damaged ones."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
         return {}
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
 
 
 def _first_cut_off(path: Path) -> str | None:
@@ -161,7 +191,9 @@ def _first_cut_off(path: Path) -> str | None:
 def _open_shards(index: Path) -> Weights:
     try:
         places = {str(k): Path(v).name for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(name.endswith(".json") for name in places.values()):
+            raise ValueError("an index of indices")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not the index of a sharded weight file; download or copy it again") from error
     files = {name: open_weights(index.parent / name) for name in sorted(set(places.values()))}
     for name, file in places.items():
@@ -173,37 +205,40 @@ def _open_shards(index: Path) -> Weights:
 def _open_pickle(path: Path) -> Weights:
     try:
         state = _load(path)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise UserError(
-                f"{path} is a pickle that asks to run {wanted[1]}, and vdm reads nothing but tensors; "
-                "get the .safetensors version of it"
-            ) from None
-        raise _unreadable(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _unreadable(path, error) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
+            AttributeError) as error:  # fmt: skip
+        raise _unreadable(path, error) from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not weights by name; give another file")
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{path} holds a {type(tensor).__name__} under {name}, not a tensor; give another file")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{path} holds a {type(tensor).__name__} under {name!r}, not a tensor; give another file")
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype} ({tensor.layout}, on {tensor.device})"
+            raise UserError(f"{path}: {name} is a tensor of {kind}, which is not read; give plain numbers")
     return Weights.of(state)
 
 
 def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6, which cannot be mapped
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice is to run what we refuse
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6: it cannot be mapped
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        asked = f"{path} is a pickle that asks to run {wanted[1]}, and vdm reads nothing but tensors"
+        return UserError(f"{asked}; get the .safetensors version of it")
     reason = (str(error) or "it is empty").splitlines()[0]
+    if "weights_only" in str(error):  # torch's advice is to run it
+        reason = "it is damaged, or a pickle of more than tensors, and vdm reads nothing but these"
     return UserError(f"{path} cannot be read as a weight file ({reason}); download or copy it again")
 
 

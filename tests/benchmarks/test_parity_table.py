@@ -54,6 +54,39 @@ def test_a_pipeline_that_diffusers_saved_makes_the_same_frames_here(tmp_path: Pa
     assert parity.opened_here(tmp_path) < 1e-3
 
 
+@pytest.mark.parametrize("steps", [3, 7, 30])
+def test_also_where_the_steps_do_not_divide_a_thousand(steps: int, tmp_path: Path) -> None:
+    theirs = parity.their_pipeline(tmp_path, parity.END_TO_END)
+    ours = parity.TextToVideo.from_pretrained(tmp_path / "saved")
+    assert parity.frame_error(ours, theirs, num_steps=steps) < 1e-4
+
+
+def test_random_steps_draw_the_same_noise(tmp_path: Path) -> None:
+    """From one generator, frame by frame, after the noise that sampling starts from."""
+    theirs = parity.their_pipeline(tmp_path, parity.END_TO_END)
+    ours = parity.TextToVideo.from_pretrained(tmp_path / "saved")
+    options = {
+        "num_inference_steps": 5,
+        "num_frames": 4,
+        "height": 24,
+        "width": 32,
+        "output_type": "latent",
+        "eta": 0.7,
+    }
+    have, want = (
+        pipe("a ball", generator=torch.Generator().manual_seed(2), **options).frames for pipe in (ours, theirs)
+    )
+    assert parity.relative(have, want) < 1e-5
+
+
+def test_an_export_runs_without_being_told_a_size(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    parity.convert(ROOT / "vdm" / "assets" / "demo", tmp_path / "demo", to="diffusers", say=lambda line: None)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "demo")
+    assert theirs("a red ball", num_inference_steps=1, num_frames=2).frames.shape == (1, 2, 64, 64, 3)
+
+
 def test_the_demo_model_makes_the_same_frames_there(tmp_path: Path) -> None:
     assert parity.opened_there(tmp_path) < 1e-3
 

@@ -275,3 +275,27 @@ def test_bad_sampling_fields_are_named(field: str, value: Any) -> None:
     with pytest.raises(UserError) as caught:
         SamplingConfig(**{field: value})
     assert str(caught.value).startswith(f"{field} is {value!r}; it must ")
+
+
+@pytest.mark.parametrize("sampler", [ddim_sample, partial(ddim_sample, eta=1.0), ddpm_sample])
+def test_a_step_visited_twice_in_pure_noise_changes_nothing(sampler: Callable[..., Tensor]) -> None:
+    """The original's own steps go over the end of the schedule, and there stay at the last step."""
+    for stride in ("visited", "constant"):
+        fields = {"timestep_spacing": "modelscope", "zero_terminal_snr": True, "prediction_type": "v"}
+        schedule = NoiseSchedule(DiffusionConfig(ddim_stride=stride, **fields))  # type: ignore[arg-type]
+        assert schedule.timesteps(600)[:2].tolist() == [999, 999]
+        x = initial_noise((2, 3), generators(0, 1))
+        found = sampler(gaussian_denoiser(schedule), x, schedule, num_steps=600, generators=generators(2, 3))
+        assert found.isfinite().all() and (found - MEAN).abs().max() < 6 * STD
+
+
+def test_step_noise_of_a_video_is_drawn_frame_by_frame() -> None:
+    schedule = NoiseSchedule(DiffusionConfig(prediction_type="x0"))
+    seen: list[Tensor] = []
+    ddpm_sample(
+        lambda x, t: torch.zeros_like(x), torch.zeros(1, 2, 3, 4, 5), schedule, num_steps=2, generators=generators(7),
+        callback=lambda index, t, x: seen.append(x),
+    )  # fmt: skip
+    drawn = torch.randn(3, 2, 4, 5, generator=generators(7)[0]).transpose(0, 1)
+    ratio = seen[0][0] / drawn
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))

@@ -172,6 +172,7 @@ def test_train_refuses_to_run_in_several_processes(command: Command, monkeypatch
         (["--sampler", "dpmpp"], "dpmpp is not there yet"),
         (["--sampler", "euler"], "invalid choice: 'euler'"),
         (["--lora_path", "PLACE/empty"], "holds 0 .safetensors files"),
+        (["--lora-scale", "0.5"], "--lora_scale is that of --lora_path"),
         (["--lora_path", "PLACE/file"], "cannot be read as a weight file"),
         (["--lora-path", "PLACE/nowhere", "--lora-scale", "0.5"], "LoRA .*nowhere does not exist"),
         (["--dtype", "fp64"], "invalid choice: 'fp64'"),

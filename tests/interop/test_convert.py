@@ -23,7 +23,7 @@ from vdm.errors import UserError
 from vdm.interop import Allowed, open_model
 from vdm.interop.convert import convert
 from vdm.pipeline import TextToVideo
-from vdm.weights import open_weights, sha256, write_pickle, write_safetensors
+from vdm.weights import open_weights, read_metadata, sha256, write_pickle, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("unet", "vae", "text")
@@ -266,12 +266,20 @@ def test_what_is_missing_is_an_error_unless_named(model: Path, exported: dict[st
         UserError, match=rf"{file} has no conv_in.weight, which should be \(16, 4, 3, 3\); give another"
     ):
         said(folder, tmp_path / "no", "vdm")
+    with pytest.raises(
+        UserError, match=r"kept in one with \S+to_q.weight, \S+to_k.weight, \S+to_v.weight\); .*to_q.weight'"
+    ):
+        said(folder, tmp_path / "no", "vdm", allowed=Allowed(missing=(name, piece)))
     assert not (tmp_path / "no").exists()
-    lines = said(folder, tmp_path / "yes", "vdm", allowed=Allowed(missing=(name, "*.to_k.weight")))
+    lines = said(folder, tmp_path / "yes", "vdm", allowed=Allowed(missing=(name, "mid_block*.attn1.to_?.weight")))
     assert f"  missing: {name}, {piece}" in lines
+    others = [piece.replace("to_k", kind) for kind in ("to_q", "to_v")]
+    assert f"  left out: {', '.join(others)}" in lines, "what is packed with a missing piece is of no use"
+    total = len(open_weights(file))
+    assert any(line.startswith(f"unet: {total - 2} tensors: ") and "2 missing" in line for line in lines)
     ours, theirs = open_weights(model / "unet.safetensors"), open_weights(tmp_path / "yes" / "unet.safetensors")
     new = {key for key in ours if not torch.equal(ours[key], theirs[key])}
-    assert new == {name, "middle.0.spatial.block.attn1.to_qkv.weight"}, "a packed tensor is new as a whole"
+    assert new == {name, "middle.0.spatial.block.attn1.to_qkv.weight"}
     assert all(theirs[key].isfinite().all() and theirs[key].std() > 0 for key in new)
 
 
@@ -286,7 +294,98 @@ def test_what_is_unexpected_is_an_error_unless_named(model: Path, exported: dict
     same_files(tmp_path / "yes", model)
 
 
+# ---- what looks right and is not
+
+
+def test_a_config_that_is_not_the_weights_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "folder")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("num_res_blocks: 1", "num_res_blocks: 2"))
+    with pytest.raises(UserError, match="config.yaml is damaged, for its SHA-256 differs"):
+        said(folder, tmp_path / "t", "diffusers")
+    weights = {part: open_weights(model / f"{part}.safetensors") for part in PARTS}
+    other = to_yaml(replace(CONFIG, model=replace(CONFIG.model, num_res_blocks=2)))
+    save_checkpoint(tmp_path / "other", config_yaml=other, weights=weights, info={})
+    for to in ("vdm", "diffusers", "modelscope"):
+        with pytest.raises(UserError, match="unet.safetensors: .* in this config|unet.safetensors: there is no"):
+            said(tmp_path / "other", tmp_path / "t", to)
+    assert not (tmp_path / "t").exists()
+
+
+def test_whole_numbers_are_no_weights(exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    write_safetensors(file, {name: tensor.int() for name, tensor in open_weights(file).items()})
+    with pytest.raises(UserError, match=rf"{file}: \S+ is of torch.int32, not floating-point"):
+        said(folder, tmp_path / "t", "vdm")
+
+
+def test_pieces_of_several_precisions_are_packed_in_the_widest(exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = {name: t.half() if name.endswith("to_q.weight") else t for name, t in open_weights(file).items()}
+    write_safetensors(file, state)
+    packed = open_weights(silently(folder, tmp_path / "t", "vdm") / "unet.safetensors")
+    qkv = packed["middle.0.spatial.block.attn1.to_qkv.weight"]
+    k = state["mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight"]
+    assert qkv.dtype == torch.float32 and torch.equal(qkv.chunk(3)[1], k)
+
+
+def test_numbers_that_a_precision_cannot_hold_are_named(exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    write_safetensors(file, {**open_weights(file), "conv_in.bias": torch.full((16,), 1e6)})
+    with pytest.raises(UserError, match=r"conv_in.bias reaches 1e\+06, too much for torch.float16; use bf16 or fp32"):
+        said(folder, tmp_path / "t", "vdm", dtype=torch.float16)
+    assert not (tmp_path / "t").exists()
+    silently(folder, tmp_path / "t", "vdm", dtype=torch.bfloat16)
+
+
+def test_a_note_that_is_not_used_is_spoken_of(exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
+    (folder / "vdm.yaml").write_text("model: [not, a, config]")
+    lines = said(folder, tmp_path / "t", "vdm")
+    assert any(line.startswith(f"note: {folder / 'vdm.yaml'} does not describe") for line in lines)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", {"seen_tokens": torch.ones(3)}, {"other": torch.ones(1)}])
+def test_a_useless_record_of_tokens_is_none(exported: dict[str, Path], content: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
+    record = folder / "vdm.safetensors"
+    if isinstance(content, bytes):
+        record.write_bytes(content)
+    else:
+        write_safetensors(record, content, metadata=read_metadata(record))
+    assert open_model(folder).open("text").weights["seen_tokens"].all()
+
+
+def test_the_sampler_and_the_steps_are_those_of_the_folder(exported: dict[str, Path], tmp_path: Path) -> None:
+    """Steps by a constant stride, as diffusers and the original take them, whatever our default is."""
+    folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
+    (folder / "vdm.yaml").unlink()
+    assert open_model(folder).config.diffusion.ddim_stride == "constant"
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDPMScheduler"}))
+    assert open_model(folder).config.sampling.sampler == "ddpm"
+
+
 # ---- all or nothing
+
+
+def test_a_refusal_leaves_no_folder_behind(model: Path, tmp_path: Path) -> None:
+    stirred(replace(CONFIG, model=replace(CONFIG.model, temporal_layers=3))).save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match="temporal_layers"):
+        said(tmp_path / "ours", tmp_path / "a" / "b" / "c", "diffusers")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_target_inside_the_source_or_behind_a_link_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is inside .*, which is left as it is"):
+        said(model, model / "new", "vdm")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link is there already"):
+        said(model, tmp_path / "link", "vdm")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_an_existing_folder_is_left_alone(model: Path, tmp_path: Path) -> None:

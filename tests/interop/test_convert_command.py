@@ -73,7 +73,7 @@ def edit(file: Path, **changes: object) -> None:
         ("unet/config.json", {"act_fn": "gelu"}, "unet/config.json: act_fn is 'gelu', and this model"),
         ("unet/config.json", {"block_out_channels": [16, 24, 48]}, "are no multiples of the first"),
         ("unet/config.json", {"_class_name": "UNetMotionModel"}, "_class_name is 'UNetMotionModel'"),
-        ("unet/config.json", {"block_out_channels": "wide"}, "make no sense"),
+        ("unet/config.json", {"block_out_channels": "wide"}, "unet/config.json makes no sense"),
         ("unet/config.json", {"cross_attention_dim": 24}, "model.context_dim=24 must equal text.text_width=16"),
         ("unet/config.json", {"layers_per_block": 2}, r"has no down_blocks.0.resnets.1.norm1.weight"),
         ("unet/config.json", {"block_out_channels": [16, 32, 64]}, r"conv1.weight is \(48, 32, 3, 3\), where"),
@@ -86,6 +86,12 @@ def edit(file: Path, **changes: object) -> None:
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ("tokenizer/vocab.json", {"cat</w>": 3}, "does not hold CLIP's vocabulary"),
         ("model_index.json", {"_class_name": None}, "holds a None"),
+        ("unet/config.json", {"block_out_channels": [0, 0]}, "unet/config.json makes no sense"),
+        ("unet/config.json", {"layers_per_block": 1.5}, "model.num_res_blocks must be a whole number, got '1.5'"),
+        ("vae/config.json", {"layers_per_block": True}, "vae.layers_per_block must be a whole number, got 'true'"),
+        ("text_encoder/config.json", {"num_hidden_layers": 1.5}, "text.text_layers must be a whole number"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "scheduler_config.json makes no sense"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "config.json: prediction_type eps"),
     ],
 )  # fmt: skip
 def test_folders_of_another_model_are_named(

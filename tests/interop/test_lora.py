@@ -18,7 +18,7 @@ from vdm.errors import UserError
 from vdm.interop.links import to_theirs
 from vdm.interop.names import text_links, unet_links
 from vdm.pipeline import TextToVideo
-from vdm.weights import Weights, write_safetensors
+from vdm.weights import Weights, write_pickle, write_safetensors
 
 Command = Callable[..., Any]
 SELF = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -115,17 +115,44 @@ def test_convolutions_and_all_other_layers(tmp_path: Path) -> None:
     check(pipe, wanted)
 
 
-def test_the_text_tower_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "naming",
+    [
+        lambda layer: f"text_encoder.{layer}.lora_{{}}.weight",
+        lambda layer: f"text_encoder.{layer.removeprefix('text_model.')}.lora_{{}}.weight",  # of transformers 5
+        lambda layer: f"base_model.model.{layer}.lora_{{}}.weight",
+        lambda layer: f"base_model.model.{layer.removeprefix('text_model.')}.lora_{{}}.weight",
+        lambda layer: f"text_encoder.{layer}.lora_linear_layer.{{}}.weight",
+        lambda layer: f"lora_te_{layer.replace('.', '_')}.lora_{{}}.weight",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_the_text_tower_too(naming: Callable[[str], str], suffix: str, tmp_path: Path) -> None:
     pipe = stirred()
     made, text = factors(pipe, LAYERS), factors(pipe, TEXT, "text")
     wanted, wanted_text = expected(pipe, made, 0.5), expected(pipe, text, 0.5, "text")
-    named = {f"text_encoder.{layer}.lora_{mark}.weight": tensor
-             for layer, pair in text.items() for mark, tensor in zip("AB", pair, strict=True)}  # fmt: skip
-    file = save(tmp_path / "pytorch_lora_weights.safetensors", made, "diffusers", **named)
+    marks = ("down", "up") if "lora_linear" in naming("x") or naming("x").startswith("lora_te") else ("A", "B")
+    state = {naming(layer).format(mark): t for layer, pair in text.items() for mark, t in zip(marks, pair, strict=True)}
+    state |= {
+        name: t for layer, pair in made.items() for name, t in zip(NAMINGS["diffusers"](layer), pair, strict=True)
+    }
+    write = write_safetensors if suffix == ".safetensors" else write_pickle
+    write(tmp_path / f"pytorch_lora_weights{suffix}", state)
     assert pipe.load_lora(tmp_path, scale=0.5) == len(LAYERS) + len(TEXT)
     check(pipe, wanted)
     check(pipe, wanted_text, "text")
-    assert file.is_file()
+
+
+def test_the_text_towers_own_alpha(tmp_path: Path) -> None:
+    pipe = stirred()
+    text = factors(pipe, TEXT, "text")
+    wanted = expected(pipe, text, 2.0, "text")
+    state = {f"text_encoder.{layer}.lora_{mark}.weight": t for layer, pair in text.items()
+             for mark, t in zip("AB", pair, strict=True)}  # fmt: skip
+    noted = {"text_encoder.lora_alpha": 2 * RANK, "unet.lora_alpha": 77}
+    write_safetensors(tmp_path / "l.safetensors", state, metadata={"lora_adapter_metadata": json.dumps(noted)})
+    pipe.load_lora(tmp_path / "l.safetensors")
+    check(pipe, wanted, "text")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +162,7 @@ def test_the_text_tower_too(tmp_path: Path) -> None:
         ({"r": RANK, "lora_alpha": 6, "use_rslora": True}, 6 / math.sqrt(RANK)),
         ({"r": RANK, "lora_alpha": 1, "alpha_pattern": {"to_(q|k|v)": 9, "to_out.0": 9}}, 3.0),
         ({"r": RANK, "lora_alpha": 3, "alpha_pattern": {"to": 9}}, 1.0),
+        ({"r": RANK, "lora_alpha": 3, "alpha_pattern": {"attn\\d.to_(q|k|v|out.0)": 6, "to_q": 99}}, 2.0),
     ],
 )
 @pytest.mark.parametrize("where", ["adapter_config.json", "the header"])
@@ -224,6 +252,20 @@ def test_a_lora_of_something_else_changes_nothing(tmp_path: Path) -> None:
             r"do not make a",
         ),
         "empty": ({}, "holds no tensors"),
+        "nan": (
+            {f"unet.{LAYERS[0]}.lora_A.weight": down * torch.nan, f"unet.{LAYERS[0]}.lora_B.weight": up},
+            "make numbers that are not finite",
+        ),
+        "two": (
+            {f"unet.{LAYERS[0]}.lora_A.mine.weight": down, f"unet.{LAYERS[0]}.lora_A.other.weight": down},
+            "are of one layer; give a file with one LoRA",
+        ),
+        "none": (
+            {f"unet.{LAYERS[0]}.lora_A.weight": down[:0], f"unet.{LAYERS[0]}.lora_B.weight": up[:, :0]},
+            "do not make",
+        ),
+        "dora": ({f"unet.{LAYERS[0]}.lora_magnitude_vector": down}, "is more than the two factors of a LoRA"),
+        "bias": ({f"unet.{LAYERS[0]}.lora_B.bias": down}, "is more than the two factors of a LoRA"),
     }
     good = {name: tensor for layer in LAYERS[1:] for name, tensor in
             zip(NAMINGS["diffusers"](layer), made[layer], strict=True)}  # fmt: skip
@@ -252,6 +294,15 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
     with pytest.raises(UserError, match=f"{file} is a DoRA"):
         pipe.load_lora(tmp_path)
+    for settings, sentence in {
+        '{"init_lora_weights": "pissa_niter_4"}': "was begun with pissa_niter_4, which changes the model itself",
+        '{"lora_alpha": "x"}': "adapter_model.safetensors makes no sense",
+        '{"lora_alpha": null}': "adapter_model.safetensors makes no sense",
+        '{"lora_alpha": 1, "alpha_pattern": [1]}': "adapter_model.safetensors makes no sense",
+    }.items():
+        (tmp_path / "adapter_config.json").write_text(settings)
+        with pytest.raises(UserError, match=sentence):
+            pipe.load_lora(tmp_path)
 
 
 def test_the_command_merges(command: Command, model: Path, tmp_path: Path) -> None:

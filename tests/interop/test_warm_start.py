@@ -164,7 +164,8 @@ def test_stable_diffusion_1_is_refused(tmp_path: Path) -> None:
              "up_block_types": ["CrossAttnUpBlock2D"] * 2, "_class_name": "UNet2DConditionModel"}  # fmt: skip
     for name, tree in {
         "model_index.json": {"_class_name": "StableDiffusionPipeline"}, "unet/config.json": heads,
-        "vae/config.json": {}, "text_encoder/config.json": {}, "scheduler/scheduler_config.json": {},
+        "vae/config.json": {}, "text_encoder/config.json": {},
+        "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler"},
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(tree))

@@ -115,7 +115,7 @@ def ddpm_sample(
     x = _lifted(x)
     for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)):
         x0, _ = _predict(denoise, x, schedule, t, now)
-        alpha = now / then  # of this step alone; 0 when x is pure noise, and then x0 is all that counts
+        alpha = _of_this_step(now, then)  # 0 when x is pure noise, and then x0 is all that counts
         x = math.sqrt(then) * (1.0 - alpha) / (1.0 - now) * x0 + math.sqrt(alpha) * (1.0 - then) / (1.0 - now) * x
         x = _add_step_noise(x, _posterior_variance(now, then), generators)
         if callback is not None:
@@ -150,13 +150,26 @@ def _posterior_variance(now: float, then: float) -> float:
 
     now / then >= now, so in this order of operations rounding cannot take it above 1 - then.
     """
-    return (1.0 - then) * ((1.0 - now / then) / (1.0 - now))
+    return (1.0 - then) * ((1.0 - _of_this_step(now, then)) / (1.0 - now))
+
+
+def _of_this_step(now: float, then: float) -> float:
+    """alpha from then to now; a step that stays where it is, be it in pure noise, changes nothing."""
+    return 1.0 if now == then else now / then
 
 
 def _add_step_noise(x: Tensor, variance: float, generators: Sequence[torch.Generator] | None) -> Tensor:
     if generators is None:
         return x
-    return x + math.sqrt(variance) * initial_noise(x.shape[1:], generators, x.device)
+    return x + math.sqrt(variance) * _step_noise(x.shape[1:], generators, x.device)
+
+
+def _step_noise(shape: torch.Size, generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """As `initial_noise`, but that of a video is drawn frame by frame, as diffusers' pipeline does."""
+    if len(shape) != 4:
+        return initial_noise(shape, generators, device)
+    C, T, h, w = shape
+    return initial_noise((T, C, h, w), generators, device).transpose(1, 2)
 
 
 def _one_each(generators: Sequence[torch.Generator] | None, x: Tensor) -> Sequence[torch.Generator]:

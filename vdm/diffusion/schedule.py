@@ -34,7 +34,7 @@ class DiffusionConfig:
         DDIM ends (1, or that of step 0); steps_offset is for "leading" only. Same meaning as in diffusers, and
         "modelscope" is the original's: 1, 1 + s, 1 + 2s ... with s = num_train_timesteps // num_steps, to the end.
     ddim_stride: DDIM steps from each timestep to the next one "visited"; or by the "constant" s as the original and
-        diffusers do, which is the same where num_steps divides num_train_timesteps, and else ends beside it.
+        diffusers do, which leads to the same where num_steps divides num_train_timesteps (not with "linspace").
     clip_sample (to +-clip_sample_range), thresholding (dynamic, Saharia et al. 2022, arXiv 2205.11487, section 2.3; per
         frame) limit the predicted clip x0 at each step. Same meaning as in diffusers, where latents need neither.
     """
@@ -92,9 +92,9 @@ class DiffusionConfig:
             )
 
     def _check_betas(self) -> None:
-        betas = self.trained_betas
-        if betas is None:
+        if self.trained_betas is None:
             return
+        object.__setattr__(self, "trained_betas", betas := tuple(self.trained_betas))
         if len(betas) != self.num_train_timesteps:
             raise UserError(f"trained_betas holds {len(betas)} numbers; it must hold num_train_timesteps of them")
         if not all(0.0 < beta < 1.0 for beta in betas[:-1]) or not 0.0 < betas[-1] <= 1.0:
@@ -250,8 +250,9 @@ def _forward_process(config: DiffusionConfig) -> tuple[Tensor, Tensor]:
     alpha_bar, noise_bar = alpha_bar / (alpha_bar + shifted), shifted / (alpha_bar + shifted)
     last = alpha_bar[-2 if config.trained_betas is not None and config.ends_in_noise else -1]
     if not last > SMALLEST_ALPHA_BAR or not noise_bar[0] > SMALLEST_ALPHA_BAR:
+        betas = "trained_betas" if config.trained_betas is not None else f"beta_end {config.beta_end}"
         raise UserError(
-            f"beta_end {config.beta_end} and noise_shift {config.noise_shift} over {config.num_train_timesteps} steps "
+            f"{betas} and noise_shift {config.noise_shift} over {config.num_train_timesteps} steps "
             f"take alphas_cumprod from {alpha_bar[0]:.3g} to {last:.3g}, beyond what float32 can tell from 1 "
             "and 0; bring them closer to beta_end 0.012 and noise_shift 1"
         )

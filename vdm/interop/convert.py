@@ -41,7 +41,7 @@ def convert(
     written, one part. What may be missing, and temporal layers that an image model cannot have, are new, from the
     config's seed. Raises `UserError`, and leaves nothing behind, where the two layouts cannot hold the same model.
     """
-    _require_new(target)
+    _require_new(target, source)
     stored = open_model(source, variant=variant, allowed=allowed)
     lacking = [part for part in PARTS if part not in stored.parts]
     if lacking and to != "vdm":
@@ -61,9 +61,14 @@ def convert(
             say(f"wrote {sha256(file)} {file}")
 
 
-def _require_new(target: Path) -> None:
-    if target.exists() and not _is_empty(target):
-        raise UserError(f"{target} is there already; choose another folder or remove it")
+def _require_new(target: Path, source: Path) -> None:
+    try:
+        if target.is_symlink() or (target.exists() and not _is_empty(target)):
+            raise UserError(f"{target} is there already; choose another folder or remove it")
+    except OSError as error:
+        raise UserError(f"{target} cannot be looked at: {error.strerror}; choose another folder") from error
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target} is inside {source}, which is left as it is; choose another folder")
 
 
 def _is_empty(path: Path) -> bool:
@@ -94,7 +99,7 @@ def _completed(config: Config, held: dict[str, Part]) -> dict[str, Callable[[], 
     def full(name: str) -> Part:
         weights = held[name].weights
         state = {key: tensor for key, tensor in modules[name].state_dict().items() if key not in weights}
-        like = next(iter(weights.specs.values())).dtype
+        like = next((spec.dtype for spec in weights.specs.values()), None)
         return replace(held[name], weights=weights.updated(Weights.of(state).cast(like)))
 
     return {name: lambda name=name: full(name) for name in held}  # type: ignore[misc]

@@ -7,6 +7,7 @@ temporal layers are new and change nothing yet.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from vdm.interop.model import (
     Part,
     StoredModel,
     config_of,
+    making_sense_of,
     need,
     read_json,
     text_state,
@@ -59,29 +61,31 @@ def open_diffusers(path: Path, *, variant: str | None = None, allowed: Allowed =
         )
     files = {name: path / name / "config.json" for name in FOLDERS.values()}
     scheduler = path / "scheduler" / "scheduler_config.json"
-    trees = {name: read_json(file) for name, file in files.items()}
-    schedule = read_json(scheduler)
-    unet = read_unet(trees["unet"], files["unet"], video=kind in VIDEO)
-    sample = trees["unet"].get("sample_size") or 32
-    height, width = sample if isinstance(sample, list) else (sample, sample)
-    vae = read_vae(trees["vae"], files["vae"])
-    derived = config_of(
-        path,
-        model=unet,
-        vae=vae,
-        text=read_text(trees["text_encoder"], files["text_encoder"], read_pad_token(path / "tokenizer")),
-        diffusion=read_schedule(schedule, scheduler),
-        sampling=SamplingConfig(height=height * vae.factor, width=width * vae.factor),
-    )
-    config = with_note(path, derived, folder_json)
+    trees, schedule = {name: read_json(file) for name, file in files.items()}, read_json(scheduler)
     named = need(schedule, "_class_name", scheduler)
-    ours = f"{named} is not there: its noise schedule is kept, and sampling is by ddim"
+    with making_sense_of(files["unet"]):
+        unet = read_unet(trees["unet"], files["unet"], video=kind in VIDEO)
+        sample = trees["unet"].get("sample_size") or 32
+        height, width = sample if isinstance(sample, list) else (sample, sample)
+    with making_sense_of(files["vae"]):
+        vae = read_vae(trees["vae"], files["vae"])
+        sampling = SamplingConfig(height=height * vae.factor, width=width * vae.factor)
+        if named == "DDPMScheduler":
+            sampling = replace(sampling, sampler="ddpm")
+    with making_sense_of(files["text_encoder"]):
+        text = read_text(trees["text_encoder"], files["text_encoder"], read_pad_token(path / "tokenizer"))
+    with making_sense_of(scheduler):
+        diffusion = read_schedule(schedule, scheduler)
+    with making_sense_of(path):
+        derived = config_of(path, model=unet, vae=vae, text=text, diffusion=diffusion, sampling=sampling)
+    config, remarks = with_note(path, derived, folder_json)
+    kept = f"{named} is not there: its noise schedule is kept, and sampling is by ddim"
     return StoredModel(
         "diffusers" if kind in VIDEO else "stable-diffusion",
         path,
         config,
         {part: lambda part=part: _open_part(path, part, config, variant, allowed, kind in VIDEO) for part in FOLDERS},  # type: ignore[misc]
-        () if named in SAMPLERS else (ours,),
+        remarks if named in SAMPLERS else (*remarks, kept),
     )
 
 

@@ -172,7 +172,7 @@ def folder_json(config: Config) -> dict[str, Any]:
             "norm_num_groups": unet.norm_num_groups,
             "cross_attention_dim": unet.context_dim,
             "attention_head_dim": unet.attention_head_dim,
-            "sample_size": [config.sampling.height // vae.factor, config.sampling.width // vae.factor],
+            "sample_size": config.sampling.height // vae.factor,  # one number: what diffusers samples is square
         },
         "vae": {
             "_class_name": "AutoencoderKL",

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdm.diffusion import DiffusionConfig, SamplingConfig
 from vdm.errors import UserError
 from vdm.interop.links import Allowed, to_ours
-from vdm.interop.model import Part, StoredModel, config_of, text_state
+from vdm.interop.model import Part, StoredModel, config_of, making_sense_of, text_state
 from vdm.interop.names import text_links, text_tensors, unet_links, unet_tensors, vae_links, vae_tensors
 from vdm.models import UNetConfig, VAEConfig
 from vdm.text.encoder import TextConfig
@@ -38,21 +38,21 @@ def open_stable_diffusion(path: Path, *, allowed: Allowed) -> StoredModel:
             f"{path} is no Stable Diffusion 2 in one file (its tensors would begin with {UNET_PREFIX}, {VAE_PREFIX} "
             f"and {TEXT_PREFIX}); give a model folder"
         )
-    unet_config = _unet_config(unet, path)
-    config = config_of(
-        path.with_suffix(""),
-        model=unet_config,
-        vae=_vae_config(vae, path),
-        text=text_config(tower_weights(text), str(path)),
-        diffusion=SCHEDULE,
-        sampling=SamplingConfig(),
-    )
+    with making_sense_of(path):
+        config = config_of(
+            path.with_suffix(""),
+            model=_unet_config(unet, path),
+            vae=_vae_config(vae, path),
+            text=text_config(tower_weights(text), str(path)),
+            diffusion=SCHEDULE,
+            sampling=SamplingConfig(),
+        )
     return StoredModel(
         "stable-diffusion",
         path,
         config,
         {
-            "unet": lambda: _open_image_unet(unet, path, unet_config, allowed),
+            "unet": lambda: _open_image_unet(unet, path, config.model, allowed),
             "vae": lambda: open_vae(vae, path, config.vae, allowed),
             "text": lambda: open_text(text, path, config.text, allowed),
         },

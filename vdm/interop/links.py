@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -96,11 +97,12 @@ def to_ours(
 ) -> tuple[Weights, Report]:
     """Their tensors under our names, in our shapes, read as they are asked for; `ours` says which there must be.
 
-    Our tensors that no link names are new. A packed one of which a piece may be missing is missing as a whole. Raises
+    Our tensors that no link names are new. Pieces of one packed tensor are missing together or not at all. Raises
     UserError, naming file and tensor, for one that is missing or unexpected and not allowed, or has another shape.
     """
     absent = [_check(link, theirs, ours[link.ours], source, allowed) for link in links]
     complete = {link.ours: link for link, names in zip(links, absent, strict=True) if not names}
+    useless = {name for link, names in zip(links, absent, strict=True) if names for name in link.theirs}
     known, linked = {name for link in links for name in link.theirs}, {link.ours for link in links}
     others = [name for name in theirs if name not in known]
     unexpected = [name for name in others if not left_out(name)]
@@ -110,39 +112,48 @@ def to_ours(
                 f"{source} has {name} {tuple(theirs.specs[name].shape)}, which this model has no place for; "
                 f"give another file, or --allow_unexpected '{name}' to leave it out"
             )
+    used = [(link, name) for link in complete.values() for name in link.theirs]
     report = Report(
         part,
-        *_count((link, name, theirs.specs[name], ours[link.ours]) for link in links for name in link.theirs
-                if name in theirs),
+        *_count((link, name, theirs.specs[name], ours[link.ours]) for link, name in used),
         missing=tuple(name for names in absent for name in names),
         unexpected=tuple(unexpected),
-        left_out=tuple(name for name in others if left_out(name)),
+        left_out=tuple(name for name in theirs if name in useless or (name not in known and left_out(name))),
         fresh=tuple(name for name in ours if name not in linked),
-    )  # fmt: skip
+    )
+
+    dtypes = {
+        name: functools.reduce(torch.promote_types, (theirs.specs[one].dtype for one in link.theirs))
+        for name, link in complete.items()
+    }
 
     def read(name: str) -> Tensor:
-        pieces = [theirs[one] for one in complete[name].theirs]
+        pieces = [theirs[one].to(dtypes[name]) for one in complete[name].theirs]
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return whole.reshape(ours[name].shape)
 
-    specs = {name: spec(ours[name].shape, theirs.specs[link.theirs[0]].dtype) for name, link in complete.items()}
-    return Weights(specs, read), report
+    return Weights({name: spec(ours[name].shape, dtype) for name, dtype in dtypes.items()}, read), report
 
 
 def _check(link: Link, theirs: Weights, ours: Tensor, source: str, allowed: Allowed) -> list[str]:
     """Which of a link's tensors are missing, as they may. Raises `UserError`."""
     shape = their_shape(link, ours)
     absent = [name for name in link.theirs if name not in theirs]
-    for name in absent:
+    # We keep the pieces of a packed tensor as one, and so they are new together.
+    pieces = link.theirs if absent else ()
+    for name in (*absent, *pieces):
         if not matches(name, allowed.missing):
-            raise UserError(
-                f"{source} has no {name}, which should be {shape}; give another file, or --allow_missing '{name}' "
-                "to have it new"
-            )
+            lacking = f"{source} has no {absent[0]}, which should be {shape}"
+            together = f" (kept in one with {', '.join(link.theirs)})" if len(link.theirs) > 1 else ""
+            raise UserError(f"{lacking}{together}; give another file, or --allow_missing '{name}' to have it new")
     for name in set(link.theirs).difference(absent):
-        found = tuple(theirs.specs[name].shape)
-        if _squeezed(found) != _squeezed(shape):
-            raise UserError(f"{source}: {name} is {found}, where this model has {shape}; give matching files")
+        their = theirs.specs[name]
+        if _squeezed(their.shape) != _squeezed(shape):
+            raise UserError(
+                f"{source}: {name} is {tuple(their.shape)}, where this model has {shape}; give matching files"
+            )
+        if their.is_floating_point() != ours.is_floating_point():
+            raise UserError(f"{source}: {name} is of {their.dtype}, not floating-point; give another file")
     return absent
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vdm.errors import UserError
 from vdm.interop.links import Link
-from vdm.interop.model import read_json
+from vdm.interop.model import making_sense_of, read_json
 from vdm.interop.names import text_links, unet_links
 from vdm.models import UNet3D
 from vdm.text.encoder import TextEncoder
@@ -33,9 +32,10 @@ FILES = (
     "adapter_model.bin",
 )
 ADAPTER_CONFIG = "adapter_config.json"
+# Parts, by what names of theirs begin with; PEFT's own files of one module do not say which it is.
 _PREFIXES = {
-    "unet": ("base_model.model.unet.", "unet.", "lora_unet_"),
-    "text": ("base_model.model.text_encoder.", "text_encoder.", "lora_te_", "lora_te1_"),
+    "unet": ("base_model.model.unet.", "unet.", "lora_unet_", "base_model.model.", ""),
+    "text": ("base_model.model.text_encoder.", "text_encoder.", "lora_te_", "lora_te1_", "base_model.model.", ""),
 }
 # How the two factors are marked, oldest last: PEFT, Kohya, diffusers, diffusers' text tower, its attention processors.
 _MARKS = (
@@ -62,20 +62,25 @@ def merge_lora(unet: UNet3D, text_encoder: TextEncoder, path: str | Path, *, sca
     `path` is a .safetensors (or .bin) file, or a folder with one. Raises `UserError`, before anything is changed, where
     a tensor is not of this model, has no counterpart or another shape.
     """
-    if not math.isfinite(scale):
-        raise UserError(f"the scale of a LoRA must be a finite number, got {scale}")
+    if not isinstance(scale, float | int) or not math.isfinite(scale):
+        raise UserError(f"the scale of a LoRA must be a finite number, got {scale!r}")
     file = _file(Path(path))
-    weights, settings = open_weights(file), _settings(file)
     layers = {**_layers(unet, "unet"), **_layers(text_encoder, "text")}
     changes = []
-    for layer, update in _updates(file, weights, layers).items():
-        link, index, module = layers[layer]
-        target = module.get_parameter(link.ours).detach().chunk(len(link.theirs))[index]
-        changes.append((target, *_factors(file, weights, update, target), _strength(layer, update, weights, settings)))
+    with making_sense_of(file):
+        weights, settings = open_weights(file), _settings(file)
+        for layer, update in _updates(file, weights, layers).items():
+            link, index, module = layers[layer]
+            target = module.get_parameter(link.ours).detach().chunk(len(link.theirs))[index]
+            down, up = _factors(file, weights, update, target)
+            strength = scale * _strength(layer, update, weights, settings)
+            delta = (strength * (up.float().flatten(1) @ down.float().flatten(1))).reshape(target.shape).to(target)
+            if not delta.isfinite().all():
+                raise UserError(f"{file}: {update.down} and {update.up} make numbers that are not finite")
+            changes.append((target, delta))
     with torch.no_grad():
-        for target, down, up, strength in changes:
-            delta = up.float().flatten(1) @ down.float().flatten(1)
-            target.add_((scale * strength * delta).reshape(target.shape).to(target))
+        for target, delta in changes:
+            target.add_(delta)
     return len(changes)
 
 
@@ -113,25 +118,33 @@ def _updates(file: Path, weights: Weights, layers: Mapping[str, Any]) -> dict[st
     flat = {layer.replace(".", "_"): layer for layer in layers}  # Kohya's names
     updates: dict[str, _Update] = {}
     for name in weights:
-        part, rest = _part(name)
-        kind, layer = _kind(rest)
-        layer = re.sub(r"\.processor\.(\w+)$", r".\1", layer)
-        layer = re.sub(r"\.to_out$", ".to_out.0", layer)
-        found = f"{part} {layer}" if f"{part} {layer}" in layers else flat.get(f"{part} {layer}".replace(".", "_"))
+        kind, layer = _kind(name)
+        found = _layer(layer, flat)
+        if re.search(r"(dora_scale|lora_magnitude_vector|bias|modules_to_save)", name):
+            raise UserError(f"{file}: {name} is more than the two factors of a LoRA; merge it with PEFT first")
         if kind is None or found is None:
             raise UserError(f"{file}: {name} is no LoRA of a layer of this model; give a LoRA of a ModelScope UNet")
-        setattr(updates.setdefault(found, _Update()), kind, name)
+        update = updates.setdefault(found, _Update())
+        if other := getattr(update, kind):
+            raise UserError(f"{file}: {other} and {name} are of one layer; give a file with one LoRA")
+        setattr(update, kind, name)
     if not updates:
         raise UserError(f"{file} holds no tensors; give a LoRA of a ModelScope UNet")
     return updates
 
 
-def _part(name: str) -> tuple[str, str]:
+def _layer(name: str, flat: Mapping[str, str]) -> str | None:
+    """The layer of ours that a file calls `name`, be it by dots or underscores."""
     for part, prefixes in _PREFIXES.items():
         for prefix in prefixes:
             if name.startswith(prefix):
-                return part, name.removeprefix(prefix)
-    return "unet", name.removeprefix("base_model.model.")
+                rest = re.sub(r"\.processor\.(\w+)$", r".\1", name.removeprefix(prefix))
+                rest = re.sub(r"\.to_out$", ".to_out.0", rest)
+                # Text towers of transformers 5 have no prefix of their own.
+                for one in (rest, f"text_model.{rest}"):
+                    if (found := flat.get(f"{part} {one}".replace(".", "_"))) is not None:
+                        return found
+    return None
 
 
 def _kind(name: str) -> tuple[str | None, str]:
@@ -149,7 +162,13 @@ def _factors(file: Path, weights: Weights, update: _Update, target: Tensor) -> t
         there = update.down or update.up or update.alpha
         raise UserError(f"{file}: {there} has no counterpart, and a LoRA is a product of two; copy the file again")
     down, up = weights[update.down], weights[update.up]
-    fits = up.dim() >= 2 and down.dim() >= 2 and up[0].numel() == down.shape[0] and up.shape[0] == target.shape[0]
+    fits = (
+        len(down)
+        and up.dim() >= 2
+        and down.dim() >= 2
+        and up[0].numel() == down.shape[0]
+        and up.shape[0] == target.shape[0]
+    )
     if not fits or down[0].numel() != target[0].numel():
         shapes = f"{update.down} {tuple(down.shape)} and {update.up} {tuple(up.shape)}"
         raise UserError(f"{file}: {shapes} do not make a {tuple(target.shape)}; give a LoRA of a model of this size")
@@ -159,14 +178,16 @@ def _factors(file: Path, weights: Weights, update: _Update, target: Tensor) -> t
 def _settings(file: Path) -> dict[str, Any]:
     """PEFT's settings: beside the file, or in its header where diffusers puts them, as "unet.lora_alpha"."""
     beside = file.with_name(ADAPTER_CONFIG)
-    try:
-        noted = json.loads(read_metadata(file).get("lora_adapter_metadata", "{}"))
-    except (ValueError, SafetensorError):
-        noted = {}
+    noted = json.loads(read_metadata(file).get("lora_adapter_metadata", "{}"))
     settings = {**(read_json(beside) if beside.is_file() else {}), **noted}
     for key, value in settings.items():
         if key.endswith("use_dora") and value:
-            raise UserError(f"{file} is a DoRA, of which the magnitudes cannot be merged here; give a plain LoRA")
+            raise UserError(
+                f"{file} is a DoRA, of which the magnitudes cannot be merged here; merge it with PEFT first"
+            )
+        # These change the weights that they start from.
+        if key.endswith("init_lora_weights") and str(value).lower().startswith(("pissa", "olora", "corda", "loftq")):
+            raise UserError(f"{file} was begun with {value}, which changes the model itself; merge it with PEFT first")
     return settings
 
 
@@ -181,9 +202,8 @@ def _strength(layer: str, update: _Update, weights: Weights, settings: Mapping[s
         return settings.get(prefix + key, settings.get(key, default))
 
     alpha = setting("lora_alpha", rank)
-    for pattern, value in (setting("alpha_pattern", None) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
+    patterns = (setting("alpha_pattern", None) or {}).items()
+    alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name)), alpha)
     if update.alpha is not None:
         alpha = float(weights[update.alpha])
     return float(alpha) / (math.sqrt(rank) if setting("use_rslora", False) else rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm.config import Config, load, to_yaml
+from vdm.config import Config, checked, load, to_yaml
 from vdm.errors import UserError
 from vdm.interop.links import Report
 from vdm.text.encoder import TOKEN_TABLE, VOCABULARY
@@ -54,11 +55,24 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; copy or download the folder again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy or download the folder again") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a JSON object; copy or download the folder again")
     return tree
+
+
+@contextmanager
+def making_sense_of(path: Path) -> Iterator[None]:
+    """Turn what settings of another shape or type lead to into a `UserError` that names the file they are in."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} makes no sense ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
@@ -88,22 +102,26 @@ def read_note(path: Path) -> Config | None:
         return None
 
 
-def with_note(path: Path, derived: Config, described: Callable[[Config], object]) -> Config:
+def with_note(path: Path, derived: Config, described: Callable[[Config], object]) -> tuple[Config, tuple[str, ...]]:
     """Our config from the note, as long as it describes the model that the folder now holds; else `derived`.
 
-    `derived` is what the folder says by itself, and `described` is what it would say of a config.
+    `derived` is what the folder says by itself, and `described` is what it would say of a config. Also a remark where
+    there is a note that is not used.
     """
     note = read_note(path)
     try:
-        return note if note is not None and described(note) == described(derived) else derived
-    except UserError:  # it describes nothing that this layout could hold
-        return derived
+        if note is not None and described(note) == described(derived):
+            return note, ()
+    except UserError:
+        pass  # it describes nothing that this layout could hold
+    unused = f"{path / NOTE} does not describe what is now in this folder, so it is not used"
+    return derived, (unused,) if (path / NOTE).exists() else ()
 
 
 def config_of(path: Path, **sections: Any) -> Config:
-    """A config of these sections, named after the folder; all else is as by default."""
+    """A config of these sections, named after the folder; all else is as by default. Raises `UserError`."""
     name = path.resolve().name
-    return Config(name=name if name not in ("", ".", "..") else "model", **sections)
+    return checked(Config(name=name if name not in ("", ".", "..") else "model", **sections))
 
 
 def text_state(tower: Weights, folder: Path) -> Weights:
@@ -114,7 +132,11 @@ def text_state(tower: Weights, folder: Path) -> Weights:
     record = folder / SEEN
     seen = torch.ones(VOCABULARY, dtype=torch.bool)
     if record.is_file() and read_metadata(record).get("table") == _digest(tower[TOKEN_TABLE]):
-        seen = open_weights(record)["seen_tokens"]
+        noted = open_weights(record)
+        if "seen_tokens" in noted and (noted.specs["seen_tokens"].shape, noted.specs["seen_tokens"].dtype) == (
+            seen.shape, seen.dtype
+        ):  # fmt: skip
+            seen = noted["seen_tokens"]
     return tower.updated({"seen_tokens": seen})
 
 

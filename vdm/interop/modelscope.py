@@ -24,6 +24,7 @@ from vdm.interop.model import (
     Part,
     StoredModel,
     config_of,
+    making_sense_of,
     need,
     read_json,
     read_note,
@@ -68,21 +69,21 @@ def open_modelscope(path: Path, *, allowed: Allowed = NOTHING) -> StoredModel:
     """The original's folder. Raises `UserError` where it holds another model."""
     file = path / CONFIGURATION
     model = need(read_json(file), "model", file)
-    if "model_cfg" not in model or "unet_dim" not in model["model_cfg"]:
-        kind = model.get("type")
-        raise UserError(f"{file} describes {kind}, not the original's text-to-video model; give another folder")
-    cfg, names = model["model_cfg"], need(model, "model_args", file)
-    files = {part: _weight_file(path, names.get(key, FILES[part])) for part, key in FILE_KEYS.items()}
     note = read_note(path)
-    derived = config_of(
-        path,
-        model=_read_unet(cfg, file, groups=note.model.norm_num_groups if note else 32),
-        vae=note.vae if note else VAEConfig(),
-        text=text_config(tower_weights(open_weights(files["text"])), str(files["text"])),
-        diffusion=SCHEDULE,
-        sampling=replace(SAMPLING, num_frames=names.get("max_frames", 16)),
-    )
-    config = with_note(path, derived, lambda config: _model_cfg(config))
+    with making_sense_of(file):
+        if "model_cfg" not in model or "unet_dim" not in model["model_cfg"]:
+            kind = model.get("type")
+            raise UserError(f"{file} describes {kind}, not the original's text-to-video model; give another folder")
+        cfg, names = model["model_cfg"], need(model, "model_args", file)
+        files = {part: _weight_file(path, names.get(key, FILES[part])) for part, key in FILE_KEYS.items()}
+        unet = _read_unet(cfg, file, groups=note.model.norm_num_groups if note else 32)
+        sampling = replace(SAMPLING, num_frames=names.get("max_frames", 16))
+    with making_sense_of(files["text"]):
+        text = text_config(tower_weights(open_weights(files["text"])), str(files["text"]))
+    with making_sense_of(path):
+        vae = note.vae if note else VAEConfig()
+        derived = config_of(path, model=unet, vae=vae, text=text, diffusion=SCHEDULE, sampling=sampling)
+    config, remarks = with_note(path, derived, _model_cfg)
     return StoredModel(
         "modelscope",
         path,
@@ -92,6 +93,7 @@ def open_modelscope(path: Path, *, allowed: Allowed = NOTHING) -> StoredModel:
             "vae": lambda: open_vae(open_weights(files["vae"]), files["vae"], config.vae, allowed),
             "text": lambda: open_text(open_weights(files["text"]), files["text"], config.text, allowed),
         },
+        remarks,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vdm.checkpoint import CONFIG, MANIFEST, load_weights, read_manifest
-from vdm.config import load
+from vdm.checkpoint import CONFIG, MANIFEST, checked_file, load_weights, read_manifest
+from vdm.config import Config, load
 from vdm.errors import UserError
 from vdm.interop.diffusers import open_diffusers
 from vdm.interop.diffusers_json import INDEX
@@ -13,8 +13,11 @@ from vdm.interop.ldm import open_stable_diffusion
 from vdm.interop.links import NOTHING, Allowed
 from vdm.interop.model import PARTS, Part, StoredModel
 from vdm.interop.modelscope import CONFIGURATION, open_modelscope
+from vdm.interop.names import text_tensors, unet_tensors, vae_tensors
 from vdm.text.encoder import unpack_vocabulary
-from vdm.weights import SUFFIX
+from vdm.weights import SUFFIX, require_fit
+
+_SECTIONS = {"unet": "model", "vae": "vae", "text": "text"}
 
 
 def open_model(path: str | Path, *, variant: str | None = None, allowed: Allowed = NOTHING) -> StoredModel:
@@ -24,41 +27,48 @@ def open_model(path: str | Path, *, variant: str | None = None, allowed: Allowed
     model.
     """
     path = Path(path)
+    try:
+        return _open(path, variant, allowed)
+    except OSError as error:  # a folder that may not be looked into
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}; change that or give another") from error
+
+
+def _open(path: Path, variant: str | None, allowed: Allowed) -> StoredModel:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     if path.is_file() and path.suffix not in (SUFFIX, ".ckpt"):
         raise UserError(f"checkpoint {path} is not a folder; give the folder that the model's files are in")
-    try:
-        if path.is_file():
-            return open_stable_diffusion(path, allowed=allowed)
-        if (path / INDEX).is_file():
-            return open_diffusers(path, variant=variant, allowed=allowed)
-        if variant is not None:
-            raise UserError(f"{path} is no diffusers folder, so it has no variant {variant}; leave it out")
-        if (path / CONFIGURATION).is_file():
-            return open_modelscope(path, allowed=allowed)
-        return _open_ours(path)
-    except UserError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:  # JSON of another shape
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"the settings in {path} make no sense ({reason}); copy or download it again") from error
+    if path.is_file():
+        return open_stable_diffusion(path, allowed=allowed)
+    if (path / INDEX).is_file():
+        return open_diffusers(path, variant=variant, allowed=allowed)
+    if variant is not None:
+        raise UserError(f"{path} is no diffusers folder, so it has no variant {variant}; leave it out")
+    if (path / CONFIGURATION).is_file():
+        return open_modelscope(path, allowed=allowed)
+    return _open_ours(path)
 
 
 def _open_ours(path: Path) -> StoredModel:
     if not (path / MANIFEST).is_file() and (path / "unet").is_dir():
         raise UserError(f"{path} has no {INDEX}: a diffusers folder is not complete without it; download it again")
     held = read_manifest(path).parts
+    config = load(checked_file(path, CONFIG))
     return StoredModel(
         "vdm",
         path,
-        load(path / CONFIG),
-        {part: lambda part=part: _open_part(path, part) for part in PARTS if part in held},  # type: ignore[misc]
+        config,
+        {part: lambda part=part: _open_part(path, part, config) for part in PARTS if part in held},  # type: ignore[misc]
     )
 
 
-def _open_part(path: Path, part: str) -> Part:
+def _open_part(path: Path, part: str, config: Config) -> Part:
     """The averaged weights of a part where the folder has them."""
     name = f"{part}.ema" if f"{part}.ema" in read_manifest(path).parts else part
-    weights = load_weights(path, name)
-    return Part(unpack_vocabulary(weights) if part == "text" else weights, (path / f"{name}{SUFFIX}",))
+    weights, file = load_weights(path, name), path / f"{name}{SUFFIX}"
+    if part == "text":
+        weights = unpack_vocabulary(weights)
+    tensors = {"unet": unet_tensors, "vae": vae_tensors, "text": text_tensors}
+    wanted = tensors[part](getattr(config, _SECTIONS[part]))  # type: ignore[operator]
+    require_fit(wanted, weights, source=str(file))
+    return Part(weights, (file,))
