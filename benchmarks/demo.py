@@ -27,6 +27,7 @@ from tqdm import tqdm
 from benchmarks.common import environment, pick_device, wilson, write_json
 from vdm.checkpoint import CONFIG, MANIFEST, verify
 from vdm.cli import Parser, run
+from vdm.components import SHIPPED
 from vdm.config import load
 from vdm.data.captions import caption
 from vdm.data.casting import compose
@@ -34,7 +35,7 @@ from vdm.data.loader import VALIDATION_OFFSET, DataConfig
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.video import to_float
 from vdm.errors import UserError
-from vdm.pipeline import SHIPPED, TextToVideo
+from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, BACKGROUND_MAX_SATURATION, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
 
 BATCH = 8

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.oracles import randomise, relative
+from vdm.components import build_components
 from vdm.config import Config
 from vdm.diffusion import NoiseSchedule, ddim_sample
 from vdm.errors import UserError
 from vdm.interop.convert import convert
 from vdm.interop.modelscope import FILES, SAMPLING, SCHEDULE
 from vdm.models import UNetConfig
-from vdm.pipeline import TextToVideo, build_components
+from vdm.pipeline import TextToVideo
 from vdm.text.encoder import TextConfig
 
 # As small as the original allows: it has 32 groups, a context of 1024 and Stable Diffusion's autoencoder built in.

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdm import generate as module
+from vdm.components import build_components
 from vdm.config import load
 from vdm.data.video import read_clip
 from vdm.errors import UserError
 from vdm.generate import PROMPTS, Request, generate, read_prompts, slug
-from vdm.pipeline import TextToVideo, build_components
+from vdm.pipeline import TextToVideo
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
 CLIPS = ("one red ball", "two blue cups", "three")

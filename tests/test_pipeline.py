@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vdm import TextToVideo
 from vdm.checkpoint import read_manifest, save_checkpoint
+from vdm.components import SHIPPED, build_components, build_text_encoder, build_vae, load_part, save_parts
 from vdm.config import Config, load, to_yaml
 from vdm.diffusion import initial_noise
 from vdm.errors import UserError
-from vdm.pipeline import SHIPPED, build_components, build_text_encoder, build_vae, load_part, save_parts
 from vdm.text.encoder import TOKEN_TABLE
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"

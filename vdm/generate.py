@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vdm.components import SHIPPED
 from vdm.data.video import contact_sheet, to_uint8, write_video
 from vdm.errors import UserError
-from vdm.pipeline import SHIPPED, TextToVideo
+from vdm.pipeline import TextToVideo
 
 PROMPTS = (
     "pushing a red ball from left to right",

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import demo
 from benchmarks.common import wilson
 from vdm.cli import run
+from vdm.components import build_components
 from vdm.config import load
 from vdm.data.loader import DataConfig
 from vdm.data.mini_something import Rendered
 from vdm.errors import UserError
-from vdm.pipeline import TextToVideo, build_components
+from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, COLOURS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from vdm.components import build_components
 from vdm.config import load
 from vdm.data.mini_something import write_ssv2
-from vdm.pipeline import TextToVideo, build_components
+from vdm.pipeline import TextToVideo
 
 Command = Callable[..., Any]
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vdm.checkpoint import load_trainer_state, load_weights, read_manifest
+from vdm.components import build_vae, save_parts
 from vdm.config import Config, load
 from vdm.errors import UserError
-from vdm.pipeline import build_vae, save_parts
 from vdm.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]

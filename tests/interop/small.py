@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from vdm.components import build_components
 from vdm.config import Config
 from vdm.diffusion import SamplingConfig
 from vdm.models import UNetConfig, VAEConfig
-from vdm.pipeline import TextToVideo, build_components
+from vdm.pipeline import TextToVideo
 from vdm.text.encoder import TextConfig
 
 CONFIG = Config(

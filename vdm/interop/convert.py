@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from vdm.checkpoint import save_checkpoint, written_whole
+from vdm.components import build_components, without_sources
 from vdm.config import Config, to_yaml
 from vdm.errors import UserError
 from vdm.interop.diffusers import write_diffusers
@@ -17,7 +18,6 @@ from vdm.interop.links import NOTHING, Allowed, Report
 from vdm.interop.model import PARTS, Part, StoredModel
 from vdm.interop.modelscope import remarks_on_modelscope, write_modelscope
 from vdm.interop.store import open_model
-from vdm.pipeline import build_components, without_sources
 from vdm.text.encoder import TOKEN_TABLE, pack_vocabulary
 from vdm.weights import Weights, sha256
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vdm import checkpoint
+from vdm.components import load_part, save_parts, without_sources
 from vdm.config import Config, load, to_yaml
 from vdm.data.loader import BadClips, Batch, batches
 from vdm.errors import UserError
-from vdm.pipeline import load_part, save_parts, without_sources
 from vdm.training.ema import EMA
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import checkpoint_activations

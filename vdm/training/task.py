@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdm.components import build_components, build_text_encoder, build_vae
 from vdm.config import Config
 from vdm.data.latents import LatentDataset
 from vdm.data.loader import Batch, ClipDataset
@@ -25,7 +26,7 @@ from vdm.diffusion import ddpm_loss
 from vdm.errors import UserError
 from vdm.models.vae import LatentDistribution, VideoVAE
 from vdm.models.video_tower import ContrastiveHead
-from vdm.pipeline import TextToVideo, build_components, build_text_encoder, build_vae
+from vdm.pipeline import TextToVideo
 
 Split = Literal["train", "validation"]
 NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed

@@ -1,0 +1,129 @@
+"""The parts of a model: built from a config, filled from a model folder of any layout, written to one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vdm.checkpoint import save_checkpoint
+from vdm.config import Config, to_yaml
+from vdm.diffusion import NoiseSchedule
+from vdm.errors import UserError
+from vdm.interop import StoredModel, open_model
+from vdm.models import UNet3D, VideoVAE
+from vdm.text.encoder import TextEncoder, pack_vocabulary
+from vdm.text.pretrained import load_open_clip
+from vdm.weights import Weights, fill
+
+SHIPPED = Path(__file__).parent / "assets" / "demo"
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a model, on one device."""
+
+    unet: UNet3D
+    vae: VideoVAE
+    text_encoder: TextEncoder
+    schedule: NoiseSchedule
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Parts with weights, under their names in a checkpoint."""
+        return {"unet": self.unet, "vae": self.vae, "text": self.text_encoder}
+
+
+def without_sources(config: Config) -> Config:
+    """The config for a model whose weights all come from one checkpoint: what they were first made from is history."""
+    return replace(config, vae=replace(config.vae, vae_weights=None), text=replace(config.text, text_weights=None))
+
+
+def build_components(config: Config) -> Components:
+    """Build all parts of `config`, on the CPU: random weights from `config.seed`, then those that `config` names.
+
+    Raises `UserError` where named weights are missing or of another shape.
+    """
+    vae = build_vae(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        unet, text_encoder = UNet3D(config.model), TextEncoder(config.text)
+    _start_text(text_encoder)
+    return Components(unet, vae, text_encoder, NoiseSchedule(config.diffusion))
+
+
+def build_text_encoder(config: Config) -> TextEncoder:
+    """The text encoder alone: random weights from `config.seed`, then those that `config` names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        text_encoder = TextEncoder(config.text)
+    _start_text(text_encoder)
+    return text_encoder
+
+
+def _start_text(text_encoder: TextEncoder) -> None:
+    """Fill a text encoder with the weights that its own config names: a model folder's, or open_clip's."""
+    weights = text_encoder.config.text_weights
+    if weights == "shipped" or (weights is not None and Path(weights).is_dir()):
+        _load_trained(text_encoder, _folder(weights), "text", free=("text_weights", "text_trainable"))
+    elif weights is not None:
+        load_open_clip(text_encoder, weights)
+
+
+def _folder(name: str) -> Path:
+    return SHIPPED if name == "shipped" else Path(name)
+
+
+def build_vae(config: Config) -> VideoVAE:
+    """The autoencoder alone, made as `build_components` makes it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        vae = VideoVAE(config.vae)
+    if config.vae.vae_weights is not None:
+        # The scaling factor is no property of the weights, but of how diffusion is to see their latents.
+        free = ("vae_weights", "scaling_factor", "temporal_decoder")
+        _load_trained(vae, _folder(config.vae.vae_weights), "vae", free=free)
+    return vae
+
+
+def _load_trained(module: VideoVAE | TextEncoder, path: Path, part: str, *, free: Collection[str]) -> None:
+    """Fill a part from a model folder, whose config of that part must agree in all but the keys `free`."""
+    stored = open_model(path)
+    theirs = asdict(getattr(stored.config, part))
+    for key, ours in asdict(module.config).items():
+        if key not in free and ours != theirs[key]:
+            raise UserError(f"{part}.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
+    fill_part(module, stored, part)
+
+
+def load_part(module: nn.Module, path: Path, part: str) -> None:
+    """Fill a part from a model folder of any layout, with its averaged weights where there are any.
+
+    What an image model cannot have stays as it is: temporal layers. Raises `UserError`.
+    """
+    fill_part(module, open_model(path), part)
+
+
+def fill_part(module: nn.Module, stored: StoredModel, part: str) -> None:
+    held = stored.open(part)
+    fresh = held.report.fresh if held.report is not None else ()
+    added = [name for name in module.state_dict() if name.startswith("decoder.time.")]  # they start at zero
+    fill(module, held.weights, source=f"the {part} weights in {stored.path}", keep=(*fresh, *added))
+
+
+def save_parts(
+    path: str | Path,
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype | None = None,
+    info: Mapping[str, object] | None = None,
+) -> None:
+    """Write a checkpoint folder without trainer state; of a text tower trained here, only the tokens it saw."""
+    weights = {part: Weights.of(module.state_dict()) for part, module in modules.items()}
+    if "text" in weights:
+        weights["text"] = pack_vocabulary(weights["text"])
+    weights = {part: state.cast(dtype) for part, state in weights.items()}
+    save_checkpoint(path, config_yaml=to_yaml(config), weights=weights, info=dict(info or {}))
