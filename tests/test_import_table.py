@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("data", "text", "models", "diffusion", "metrics")
-LEAVES = ("vdm.errors", "vdm.vocabulary", "vdm.weights")
+LEAVES = ("vdm.errors", "vdm.templates", "vdm.vocabulary", "vdm.weights")
 # What these may import of vdm, besides themselves. A module that is not named here may import what it needs.
 MAY_IMPORT = {
     **{f"vdm.{part}": LEAVES for part in PARTS},
