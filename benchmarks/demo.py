@@ -31,8 +31,9 @@ from vdm.components import SHIPPED
 from vdm.config import load
 from vdm.data.captions import caption
 from vdm.data.casting import compose
-from vdm.data.loader import VALIDATION_OFFSET, DataConfig
+from vdm.data.loader import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered, render_clip
+from vdm.data.settings import DataConfig
 from vdm.data.video import to_float
 from vdm.errors import UserError
 from vdm.pipeline import TextToVideo

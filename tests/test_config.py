@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdm.config import Config, _construct, load, to_yaml
-from vdm.data.loader import DataConfig
+from vdm.data.settings import DataConfig
 from vdm.diffusion import DiffusionConfig, SamplingConfig
 from vdm.errors import UserError
 from vdm.models import UNetConfig, VAEConfig

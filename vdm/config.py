@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vdm.data.loader import DataConfig
+from vdm.data.settings import DataConfig
 from vdm.diffusion import DiffusionConfig, SamplingConfig
 from vdm.errors import UserError, nearest
 from vdm.models import UNetConfig, VAEConfig

@@ -20,8 +20,8 @@ from benchmarks.common import wilson
 from vdm.cli import run
 from vdm.components import build_components
 from vdm.config import load
-from vdm.data.loader import DataConfig
 from vdm.data.mini_something import Rendered
+from vdm.data.settings import DataConfig
 from vdm.errors import UserError
 from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, COLOURS

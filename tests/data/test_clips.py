@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdm.data.clips import STAMP_TOLERANCE, frame_indices
+from vdm.data.clips import STAMP_TOLERANCE, duration, frame_indices
 from vdm.errors import UserError
 
 gaps_ms = st.lists(st.integers(0, 400), min_size=0, max_size=60)
@@ -76,3 +76,20 @@ def test_variable_frame_rate_is_sampled_by_time_not_by_count():
 def test_impossible_requests_are_refused(wrong):
     with pytest.raises(UserError):
         frame_indices([0.0, 1.0], **{"fps": 8.0, "num_frames": 4, "start_fraction": 0.0, **wrong})
+
+
+@given(st.integers(1, 30), st.sampled_from([4.0, 8.0, 12.0]), lengths)
+def test_a_loop_goes_round_and_round(count, rate, num_frames):
+    stamps = np.arange(count) / rate
+    indices = frame_indices(stamps, fps=rate, num_frames=num_frames, start_fraction=0.0, loop=True)
+    if count > 1:
+        assert duration(stamps) == pytest.approx(count / rate)
+        np.testing.assert_array_equal(indices, np.arange(num_frames) % count)
+    else:
+        assert (indices == 0).all()
+
+
+def test_the_last_frame_is_shown_as_long_as_the_others():
+    assert duration([0.0, 0.1, 0.2, 0.3]) == pytest.approx(0.4)
+    assert duration([5.0, 5.1, 5.2, 6.2]) == pytest.approx(1.3)
+    assert duration([3.0]) == 1.0

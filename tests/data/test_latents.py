@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vdm.data.latents import LatentDataset
-from vdm.data.loader import ClipDataset, DataConfig, batches
+from vdm.data.loader import ClipDataset, batches
 from vdm.data.mini_something import write_ssv2
+from vdm.data.settings import DataConfig
 from vdm.data.transforms import resize_crop
 from vdm.data.video import read_clip, to_float
 from vdm.errors import UserError

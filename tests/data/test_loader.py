@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdm.data import loader
-from vdm.data.loader import VALIDATION_OFFSET, BadClips, Batch, ClipDataset, DataConfig, batches
+from vdm.data.loader import VALIDATION_OFFSET, BadClips, Batch, ClipDataset, batches
 from vdm.data.mini_something import render_clip, write_ssv2
+from vdm.data.settings import DataConfig
 from vdm.data.transforms import resize_crop
 from vdm.data.video import read_clip, to_float, write_video
 from vdm.errors import UserError
@@ -51,7 +52,7 @@ def written(tmp_path_factory) -> Path:
 
 
 def files_config(root: Path, **changes) -> DataConfig:
-    return replace(TINY, format="ssv2", root=str(root), **changes)
+    return replace(TINY, format="ssv2", root=str(root), **{"num_clips": None, **changes})
 
 
 def spoil(root: Path, copy: Path, names: list[str]) -> Path:
@@ -170,7 +171,7 @@ def test_folders_of_videos_with_captions(tmp_path):
         frames = render_clip(number, seed=0, height=16, width=16, num_frames=4, fps=8).frames
         write_video(tmp_path / f"{number}.mp4", frames, fps=8)
         (tmp_path / f"{number}.txt").write_text(f"caption {number}")
-    config = replace(TINY, format="folder", root=str(tmp_path))
+    config = replace(TINY, format="folder", root=str(tmp_path), num_clips=None)
     assert len(dataset(config)) == 9
     [batch] = take(dataset(config), 1)
     assert batch.video.shape[0] == 4 and batch.captions == [f"caption {name}" for name in batch.ids]
@@ -313,7 +314,7 @@ def test_a_set_whose_captions_are_all_missing(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_clips": 0}, "data.num_clips must be at least 1, got 0"),
+        ({"num_clips": 0}, "data.num_clips must be at least 1 or null, got 0"),
         ({"min_frames": 0}, "data.min_frames must be at least 1"),
         ({"validation_clips": 0}, "data.validation_clips"),
         ({"height": -8}, "data.height"),
@@ -359,3 +360,157 @@ def test_the_broken_folder_survives(clips_dir):
     got = [dataset(config, split=split, batch_size=1)[0] for split in ("train", "validation")]
     assert {sample["id"] for sample in got} == {"corrupted_tail", "av1_undecodable"}
     assert all(sample["video"].shape == (3, 16, 256, 256) and sample["video"].std() > 0.05 for sample in got)
+
+
+# --- subsets ---
+
+
+def test_a_number_of_clips_is_drawn_once_and_for_all(written):
+    config = files_config(written, num_clips=5)
+    ids = [clip.id for clip in dataset(config).source.clips]
+    assert len(ids) == 5
+    assert ids == [clip.id for clip in dataset(config, seed=9).source.clips], "the run's own seed does not matter"
+    assert ids != [clip.id for clip in dataset(replace(config, subset_seed=1)).source.clips]
+    everything = dataset(files_config(written)).source.clips
+    first = dataset(replace(config, subset_order="first")).source.clips
+    assert first == everything[:5]
+    held_out = dataset(files_config(written, validation_clips=99), split="validation").source.clips
+    assert dataset(replace(config, validation_clips=99), split="validation").source.clips == held_out, (
+        "not of validation"
+    )
+
+
+def test_templates_are_chosen_and_capped(written):
+    clips = dataset(files_config(written)).source.clips
+    template = clips[0].template
+    assert template
+    chosen = dataset(files_config(written, templates=(template.replace("[", "").replace("]", ""),))).source.clips
+    assert chosen == [clip for clip in clips if clip.template == template]
+    capped = dataset(files_config(written, max_clips_per_template=1)).source.clips
+    assert len(capped) == len({clip.template for clip in clips}) == len({clip.template for clip in capped})
+    with pytest.raises(UserError, match=r"no clip has the template 'Pushing .*; did you mean|no clip has the template"):
+        dataset(files_config(written, templates=("Pushing somthing",)))
+    with pytest.raises(UserError, match="choose among files"):
+        dataset(replace(TINY, templates=(template,)))
+
+
+def test_part_of_the_videos_is_enough_for_a_subset(written, tmp_path):
+    """The full annotations and some of the files, as when one has not downloaded all."""
+    copy = tmp_path / "copy"
+    shutil.copytree(written, copy)
+    for clip in dataset(files_config(copy)).source.clips[:7]:
+        next(copy.glob(f"*/{clip.id}.*")).unlink()
+    with pytest.raises(UserError, match="no file"):
+        dataset(files_config(copy))
+    clips = dataset(files_config(copy, num_clips=3))
+    assert len(clips) == 3 and clips.missing == []
+    with pytest.raises(UserError, match="no file"):
+        dataset(files_config(copy, num_clips=9))
+
+
+# --- short clips ---
+
+
+def test_short_clips_hold_loop_or_drop_out(tmp_path):
+    for name, frames in (("short", 4), ("long", 16)):
+        clip = render_clip(0, seed=0, height=16, width=16, num_frames=frames, fps=8).frames
+        for i in range(4):
+            write_video(tmp_path / f"{name}{i}.mp4", clip, fps=8)
+            (tmp_path / f"{name}{i}.txt").write_text(name)
+    base = replace(
+        TINY, format="folder", root=str(tmp_path), num_clips=None, min_frames=8, max_frames=8, height=16, width=16
+    )
+    held, looped = (dataset(replace(base, short_clips=policy)) for policy in ("hold", "loop"))
+    position = next(i for i in range(len(held)) if held[i]["caption"] == "short")
+    video, again = held[position]["video"], looped[position]["video"]
+    assert torch.equal(video[:, :4], again[:, :4]) and torch.equal(again[:, :4], again[:, 4:])
+    assert all(torch.equal(video[:, 3], video[:, i]) for i in range(4, 8))
+    dropped = dataset(replace(base, short_clips="drop"))
+    samples = [dropped[i] for i in range(2 * len(dropped))]
+    assert {sample["caption"] for sample in samples} == {"long"}
+    assert all(sample["bad"] == [] for sample in samples), "they are not bad, only short"
+    with pytest.raises(UserError, match="too short for 999 frames at 8 fps; set data.short_clips to hold or loop"):
+        dataset(replace(base, short_clips="drop", min_frames=999, max_frames=999))[0]
+
+
+# --- other looks and words ---
+
+
+def test_a_mirrored_clip_has_a_mirrored_caption(written):
+    plain, turned = dataset(files_config(written)), dataset(files_config(written, horizontal_flip=1.0))
+    seen = set()
+    for position in range(2 * len(plain)):
+        one, other = plain[position], turned[position]
+        assert torch.equal(one["video"].flip(3), other["video"])
+        words = one["caption"].split()
+        swapped = [{"left": "right", "right": "left"}.get(word, word) for word in words]
+        assert other["caption"].split() == swapped
+        seen.add(words != swapped)
+    assert seen == {True, False}
+
+
+def test_half_of_the_clips_are_mirrored_by_lot():
+    config = replace(TINY, num_clips=100, min_frames=2, max_frames=2)
+    plain, some = dataset(config), dataset(replace(config, horizontal_flip=0.5))
+    turned = [not torch.equal(plain[i]["video"], some[i]["video"]) for i in range(100)]
+    assert 30 < sum(turned) < 70
+    again = dataset(replace(config, horizontal_flip=0.5))
+    assert all(torch.equal(some[i]["video"], again[i]["video"]) for i in (3, 77, 12))
+    other = dataset(replace(config, horizontal_flip=0.5), seed=1)
+    assert len(other) == 100
+
+
+def test_validation_is_left_as_it_is(written):
+    changes = {"horizontal_flip": 1.0, "color_jitter": 0.5, "natural_captions": 1.0, "crop": "centre"}
+    plain, changed = (dataset(files_config(written, **c), split="validation") for c in ({}, changes))
+    for i in range(len(plain)):
+        assert torch.equal(plain[i]["video"], changed[i]["video"]) and plain[i]["caption"] == changed[i]["caption"]
+
+
+def test_a_clip_never_changes_its_light_on_the_way():
+    config = replace(TINY, min_frames=4, max_frames=4, num_clips=20)
+    plain, lit = dataset(config), dataset(replace(config, color_jitter=0.3))
+    ratios = []
+    for i in range(20):
+        before, after = (part[i]["video"].add(1).mean(dim=(0, 2, 3)) for part in (plain, lit))
+        ratio = after / before
+        assert ratio.std() < 0.02, "one draw a clip"
+        ratios.append(ratio.mean().item())
+    assert min(ratios) < 0.9 and max(ratios) > 1.1
+
+
+def test_captions_are_said_in_several_ways(written):
+    config = files_config(written, natural_captions=0.5, template_captions=0.25)
+    plain, said = dataset(files_config(written)), dataset(config)
+    kinds = {"label": 0, "template": 0, "natural": 0}
+    for position in range(200):
+        one, other = plain._clip_at(position), said[position]["caption"]
+        clip = plain.source.clips[one]
+        bare = clip.template.replace("[", "").replace("]", "").lower()
+        kinds["label" if other == clip.caption else "template" if other == bare else "natural"] += 1
+    assert all(share > 20 for share in kinds.values()), kinds
+    assert kinds["natural"] > kinds["template"]
+
+
+def test_the_middle_of_a_clip_where_the_crop_is_to_be_in_the_centre(written):
+    config = files_config(written, min_frames=4, max_frames=4, crop="centre", height=16, width=16)
+    clips = dataset(config)
+    for position in (0, 5):
+        clip = clips.source.clips[clips._clip_at(position)]
+        middle = resize_crop(read_clip(clip.path, fps=8, num_frames=4), height=16, width=16)
+        assert torch.equal(clips[position]["video"], to_float(middle))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"horizontal_flip": 1.5}, "data.horizontal_flip must be between 0 and 1"),
+        ({"color_jitter": -0.1}, "data.color_jitter must be between 0 and 1"),
+        ({"natural_captions": 0.7, "template_captions": 0.7}, "are shares of one whole"),
+        ({"num_clips": 0}, "data.num_clips must be at least 1 or null"),
+        ({"max_clips_per_template": 0}, "data.max_clips_per_template must be at least 1 or null"),
+    ],
+)
+def test_impossible_augmentations_are_named(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        replace(TINY, **changes)

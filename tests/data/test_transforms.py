@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdm.data.transforms import resize_crop
+from vdm.data.transforms import flip, jitter, resize_crop
 
 sides = st.integers(1, 90)
 fractions = st.floats(0.0, 1.0)
@@ -56,3 +56,30 @@ def test_shrinking_averages_areas():
     frames = np.repeat(board[None, ..., None], 3, axis=3)
     out = resize_crop(frames, height=16, width=16).astype(int)
     assert np.abs(out - 127.5).max() <= 1
+
+
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 9))
+def test_the_flip_of_a_flip_is_the_clip(length, height, width):
+    frames = np.random.default_rng(0).integers(0, 256, (length, height, width, 3), dtype=np.uint8)
+    once = flip(frames)
+    assert once.flags.c_contiguous
+    np.testing.assert_array_equal(once[:, :, 0], frames[:, :, -1])
+    np.testing.assert_array_equal(flip(once), frames)
+
+
+@given(st.floats(0.5, 1.5), st.floats(0.5, 1.5), st.floats(0.0, 1.5))
+def test_light_is_changed_for_all_frames_alike(brightness, contrast, saturation):
+    """Against the same sums in float64, to within a rounding or two of a byte."""
+    frames = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
+    out = jitter(frames, brightness=brightness, contrast=contrast, saturation=saturation)
+    mean = frames.mean() * brightness
+    lit = np.clip((frames * brightness - mean) * contrast + mean, 0, 255)
+    grey = (lit * (0.299, 0.587, 0.114)).sum(-1, keepdims=True)
+    expected = np.clip(grey + (lit - grey) * saturation, 0, 255)
+    assert np.abs(out.astype(float) - expected).max() <= 2.0
+    assert out.dtype == np.uint8 and out.shape == frames.shape
+
+
+def test_no_change_of_light_is_none():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(jitter(frames, brightness=1.0, contrast=1.0, saturation=1.0), frames)

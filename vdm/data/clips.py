@@ -13,14 +13,14 @@ STAMP_TOLERANCE = 1e-3 + 1e-9
 
 
 def frame_indices(
-    timestamps: npt.ArrayLike, *, fps: float, num_frames: int, start_fraction: float
+    timestamps: npt.ArrayLike, *, fps: float, num_frames: int, start_fraction: float, loop: bool = False
 ) -> npt.NDArray[np.int64]:
     """Indices (num_frames,) of the frames shown at `num_frames` moments spaced 1/fps seconds.
 
     `timestamps` (N,) are seconds in display order, ascending, N >= 1; their spacing may vary and may start anywhere. A
     moment shows the last frame whose stamp is not after it, so a slower source repeats frames, a faster one skips some,
-    and a clip shorter than the window holds its last frame. `start_fraction` in [0, 1] places the window in the slack
-    that a longer clip leaves: 0 begins with the first frame, 1 ends with the last.
+    and a clip shorter than the window holds its last frame, or begins again where it is to `loop`. `start_fraction` in
+    [0, 1] places the window in the slack that a longer clip leaves: 0 begins with the first frame, 1 ends on the last.
     """
     stamps = np.asarray(timestamps, dtype=np.float64)
     if not fps > 0 or num_frames < 1:
@@ -31,4 +31,14 @@ def frame_indices(
     elapsed = stamps - stamps[0]
     slack = max(0.0, elapsed[-1] - (num_frames - 1) / fps)
     moments = start_fraction * slack + np.arange(num_frames) / fps
+    if loop:
+        moments %= (period := duration(stamps))
+        moments[period - moments < STAMP_TOLERANCE] = 0.0  # a whole number of rounds, but for rounding
     return np.searchsorted(elapsed, moments + STAMP_TOLERANCE, side="right").astype(np.int64) - 1
+
+
+def duration(timestamps: npt.ArrayLike) -> float:
+    """Seconds from the first stamp (N,), ascending, to the end of the last frame, shown as long as the others are."""
+    stamps = np.asarray(timestamps, dtype=np.float64)
+    usual = float(np.median(np.diff(stamps))) if stamps.size > 1 else 0.0
+    return float(stamps[-1] - stamps[0]) + (usual if usual > 0 else 1.0)

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from vdm.data.loader import ClipDataset, DataConfig, Sample
+from vdm.data.loader import ClipDataset, Sample
+from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut
 from vdm.errors import UserError
 
@@ -30,6 +31,8 @@ class LatentDataset(ClipDataset):
         super().__init__(config, split=split, seed=seed, batch_size=batch_size)
         if config.dataloader_num_workers:
             raise UserError("data.cache_latents encodes in the main process; set data.dataloader_num_workers to 0")
+        if config.horizontal_flip or config.color_jitter:
+            raise UserError("data.cache_latents keeps one look of each clip; set horizontal_flip and color_jitter to 0")
         self.encode = encode
         self._kept: dict[int, Sample] = {}
 

@@ -6,7 +6,7 @@ So the stream can be entered anywhere (exact resume) and cut up among any number
 from __future__ import annotations
 
 import itertools
-import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,48 +19,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vdm.data.folder import find_folder
-from vdm.data.sources import Cut, FileSource, RenderedSource, Source
-from vdm.data.ssv2 import find_ssv2
-from vdm.data.video import UnreadableClip, to_float
+from vdm.data.mirror import mirrored
+from vdm.data.phrasing import NUM_FORMS, rephrased
+from vdm.data.settings import DataConfig
+from vdm.data.sources import Cut, FileSource, RenderedSource, Source, Words
+from vdm.data.ssv2 import ClipFile, find_ssv2
+from vdm.data.subset import choose
+from vdm.data.transforms import flip, jitter
+from vdm.data.video import Frames, ShortClip, UnreadableClip, to_float
 from vdm.errors import UserError
 
 Bad = list[tuple[str, str]]  # (clip id, why it cannot be used)
 
-ORDER, LENGTH, PLACE = range(3)  # what a random stream is for; the last word of its seed
+ORDER, LENGTH, PLACE, LOOKS, WORDING = range(5)  # what a random stream is for; the last word of its seed
 VALIDATION_OFFSET = 1_000_000_000  # first index of mini-something's validation clips, beyond any training set
 MAX_TRIES = 100  # neighbours tried in place of an unreadable clip
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The `data` section of a config: which clips, and how they are cut. Raises UserError for impossible values."""
-
-    format: Literal["mini-something", "ssv2", "folder"] = "mini-something"
-    root: str | None = None
-    num_clips: int = 10000  # size of the mini-something training set; files are counted
-    height: int = 256
-    width: int = 256
-    fps: float = 8.0
-    min_frames: int = 16
-    max_frames: int = 16  # each global batch draws one length between the two
-    dataloader_num_workers: int = 0
-    pin_memory: bool = False
-    max_bad_share: float = 0.05  # the run refuses a data set with more unreadable clips than this
-    cache_latents: bool = False
-    validation_clips: int = 64  # at most so many clips make the validation loss
-
-    def __post_init__(self) -> None:
-        for name in ("num_clips", "height", "width", "min_frames", "max_frames", "validation_clips"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_frames < self.min_frames:
-            raise UserError(f"data.max_frames={self.max_frames} is below data.min_frames={self.min_frames}; raise it")
-        if not (self.fps > 0 and math.isfinite(self.fps)):
-            raise UserError(f"data.fps must be above 0, got {self.fps}")
-        if self.dataloader_num_workers < 0:
-            raise UserError(f"data.dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share must be between 0 and 1, got {self.max_bad_share}")
 
 
 # --- the stream ---
@@ -115,15 +88,35 @@ class ClipDataset(Dataset[Sample]):
                     "set data.format=ssv2 or data.format=folder, or leave data.root out"
                 )
             train = self.split == "train"
-            num_clips, first = (config.num_clips, 0) if train else (config.validation_clips, VALIDATION_OFFSET)
+            num_clips, first = (config.num_clips or 10000, 0) if train else (config.validation_clips, VALIDATION_OFFSET)
+            if config.templates or config.max_clips_per_template is not None:
+                raise UserError("data.templates and data.max_clips_per_template choose among files; leave them out")
             return RenderedSource(num_clips, first, self.seed, config.height, config.width, config.fps)
         if config.root is None:
             raise UserError(f"data.format={config.format} reads files; set data.root to the folder that holds them")
         find = find_ssv2 if config.format == "ssv2" else find_folder
-        clips = find(config.root, self.split)
+        clips = self._chosen(find(config.root, self.split))
         self.missing = [(clip.id, clip.problem) for clip in clips if clip.problem]
         usable = [clip for clip in clips if not clip.problem]
-        return FileSource(usable, config.height, config.width, config.fps)
+        return FileSource(usable, config.height, config.width, config.fps, config.short_clips)
+
+    def _chosen(self, clips: list[ClipFile]) -> list[ClipFile]:
+        """The subset that the config asks for. Clips that are known to be unusable do not stand in its way, as long as
+        there are enough others: of the full annotations one may have a part of the videos."""
+        config, train = self.config, self.split == "train"
+        if not config.templates and (not train or (config.num_clips, config.max_clips_per_template) == (None, None)):
+            return clips
+        usable = [clip for clip in clips if not clip.problem]
+        chosen = choose(
+            usable,
+            num_clips=config.num_clips if train else None,
+            order=config.subset_order,
+            seed=config.subset_seed,
+            max_per_template=config.max_clips_per_template if train else None,
+            templates=config.templates,
+        )
+        lacking = config.num_clips is not None and len(chosen) < config.num_clips
+        return chosen + [clip for clip in clips if clip.problem] if lacking else chosen
 
     @property
     def captions(self) -> list[str]:
@@ -142,14 +135,42 @@ class ClipDataset(Dataset[Sample]):
             index %= self.num_clips
             name = self.source.id(index)
             try:
-                frames, caption = self.source.load(index, cut)
+                frames, words = self.source.load(index, cut)
             except UnreadableClip as error:
                 bad.append((name, f"{error.path.name} cannot be read: {error.reason}"))
                 continue
+            except ShortClip:
+                continue
+            frames, caption = self._dressed(frames, words, position)
             return Sample(video=to_float(frames), caption=caption, id=name, index=index, position=position, bad=bad)
+        if not bad:
+            raise UserError(
+                f"{min(self.num_clips, MAX_TRIES)} clips of {self.config.root} in a row are too short for "
+                f"{cut.num_frames} frames at {self.config.fps:g} fps; set data.short_clips to hold or loop"
+            )
         raise UserError(
             f"none of {len(bad)} clips of {self.config.root} can be read ({_first(bad)}); mend or replace them"
         )
+
+    def _dressed(self, frames: Frames, words: Words, position: int) -> tuple[Frames, str]:
+        """A training clip in other words, mirrored, in other light, as the config says and its position draws."""
+        config = self.config
+        if self.split == "validation":
+            return frames, words.caption
+        kind, form = np.random.default_rng([self.seed, position, WORDING]).random(2)
+        caption = words.caption
+        if words.template and kind < config.natural_captions:
+            caption = rephrased(words.template, words.placeholders, form=int(form * NUM_FORMS))
+        elif words.template and kind < config.natural_captions + config.template_captions:
+            caption = re.sub(r"[\[\]]", "", words.template).lower()
+        mirror, *light = np.random.default_rng([self.seed, position, LOOKS]).random(4)
+        if mirror < config.horizontal_flip:
+            turned = mirrored(caption, template=words.template, placeholders=words.placeholders)
+            frames, caption = (frames, caption) if turned is None else (flip(frames), turned)
+        if config.color_jitter:
+            factors = (float(1 + config.color_jitter * (2 * draw - 1)) for draw in light)
+            frames = jitter(frames, **dict(zip(("brightness", "contrast", "saturation"), factors, strict=True)))
+        return frames, caption
 
     def _clip_at(self, position: int) -> int:
         if self.split == "validation":
@@ -165,6 +186,8 @@ class ClipDataset(Dataset[Sample]):
             return Cut(self.config.max_frames)
         lengths = np.random.default_rng([self.seed, position // self.batch_size, LENGTH])
         num_frames = int(lengths.integers(self.config.min_frames, self.config.max_frames + 1))
+        if self.config.crop == "centre":
+            return Cut(num_frames)
         start, x, y = np.random.default_rng([self.seed, position, PLACE]).random(3)
         return Cut(num_frames, float(start), float(x), float(y))
 

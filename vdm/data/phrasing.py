@@ -23,7 +23,7 @@ _GERUNDS = """
     taking:take tearing:tear throwing:throw tilting:tilt tipping:tip touching:touch trying:try turning:turn
     twisting:twist uncovering:uncover unfolding:unfold wiping:wipe wringing:wring
 """
-_BASES: dict[str, str] = dict(pair.split(":") for pair in _GERUNDS.split())  # type: ignore[misc]
+_BASES: dict[str, str] = dict(pair.split(":") for pair in _GERUNDS.split())
 _VERB = re.compile(r"(^|\b(?:and|but|or|then) |\()([a-z]+ing)\b")
 
 # Before these a noun has no further article.

@@ -8,7 +8,7 @@ from typing import Protocol
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.ssv2 import ClipFile
 from vdm.data.transforms import resize_crop
-from vdm.data.video import Frames, read_clip
+from vdm.data.video import Frames, ShortPolicy, read_clip
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,15 @@ class Cut:
     y: float = 0.5
 
 
+@dataclass(frozen=True)
+class Words:
+    """What is said of a clip; template and placeholders are SSv2's, and empty where there are none."""
+
+    caption: str
+    template: str = ""
+    placeholders: tuple[str, ...] = ()
+
+
 class Source(Protocol):
     """Clips of one size and frame rate, numbered from 0."""
 
@@ -30,8 +39,8 @@ class Source(Protocol):
 
     def caption(self, index: int) -> str: ...
 
-    def load(self, index: int, cut: Cut) -> tuple[Frames, str]:
-        """uint8 (T,height,width,3) and the caption; raises UnreadableClip."""
+    def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
+        """uint8 (T,height,width,3) and its words; raises UnreadableClip, or ShortClip where short ones are dropped."""
         ...
 
 
@@ -43,6 +52,7 @@ class FileSource:
     height: int
     width: int
     fps: float
+    short: ShortPolicy = "hold"
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -53,10 +63,11 @@ class FileSource:
     def caption(self, index: int) -> str:
         return self.clips[index].caption
 
-    def load(self, index: int, cut: Cut) -> tuple[Frames, str]:
+    def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
         clip = self.clips[index]
-        frames = read_clip(clip.path, fps=self.fps, num_frames=cut.num_frames, start=cut.start)
-        return resize_crop(frames, height=self.height, width=self.width, x=cut.x, y=cut.y), clip.caption
+        frames = read_clip(clip.path, fps=self.fps, num_frames=cut.num_frames, start=cut.start, short=self.short)
+        cropped = resize_crop(frames, height=self.height, width=self.width, x=cut.x, y=cut.y)
+        return cropped, Words(clip.caption, clip.template, clip.placeholders)
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,9 @@ class RenderedSource:
     def caption(self, index: int) -> str:
         return self._render(index, height=16, width=16, num_frames=1).label  # it does not depend on the size
 
-    def load(self, index: int, cut: Cut) -> tuple[Frames, str]:
+    def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
         clip = self._render(index, height=self.height, width=self.width, num_frames=cut.num_frames)
-        return clip.frames, clip.label
+        return clip.frames, Words(clip.label, clip.template, clip.placeholders)
 
     def _render(self, index: int, *, height: int, width: int, num_frames: int) -> Rendered:
         index += self.first

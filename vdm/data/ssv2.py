@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vdm.data.captions import caption
+from vdm.data.captions import SLOT, caption
 from vdm.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -24,12 +24,17 @@ VIDEO_EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class ClipFile:
-    """One annotated clip. `problem` says why it cannot be used ("no file"); empty means that nothing is known."""
+    """One annotated clip. `problem` says why it cannot be used ("no file"); empty means that nothing is known.
+
+    `template` and `placeholders` are SSv2's, and empty where a caption comes without.
+    """
 
     id: str
     path: Path
     caption: str
     problem: str = ""
+    template: str = ""
+    placeholders: tuple[str, ...] = ()
 
 
 def find_ssv2(root: str | Path, split: Split) -> list[ClipFile]:
@@ -133,9 +138,19 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
 def _clip(entry: dict[str, object], files: dict[str, Path], folder: Path, *, captioned: bool) -> ClipFile:
     name = str(entry["id"])
     text, problem = _caption(entry) if captioned else ("", "")
+    template, placeholders = _template(entry) if captioned else ("", ())
     if name not in files:
-        return ClipFile(name, folder / name, text, "no file")
-    return ClipFile(name, files[name], text, problem)
+        return ClipFile(name, folder / name, text, "no file", template, placeholders)
+    return ClipFile(name, files[name], text, problem, template, placeholders)
+
+
+def _template(entry: dict[str, object]) -> tuple[str, tuple[str, ...]]:
+    """The template of an entry with what fills its slots; nothing where these do not fit each other."""
+    template, placeholders = entry.get("template"), entry.get("placeholders")
+    if not isinstance(template, str) or not isinstance(placeholders, list):
+        return "", ()
+    fillers = tuple(str(placeholder) for placeholder in placeholders)
+    return (template, fillers) if len(SLOT.findall(template)) == len(fillers) else ("", ())
 
 
 def _caption(entry: dict[str, object]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Any frame size to the one a model wants: shrink or enlarge until it covers, then crop."""
+"""Any frame size to the one a model wants: shrink or enlarge until it covers, then crop. And a clip's other looks."""
 
 from __future__ import annotations
 
@@ -27,4 +27,26 @@ def resize_crop(frames: Frames, *, height: int, width: int, x: float = 0.5, y: f
         if (new_height, new_width) != (old_height, old_width):
             frame = np.asarray(cv2.resize(frame, (new_width, new_height), interpolation=method), dtype=np.uint8)
         out[index] = frame[top : top + height, left : left + width]
+    return out
+
+
+def flip(frames: Frames) -> Frames:
+    """The mirror image (T,H,W,3), contiguous; `mirror.mirrored` says what becomes of words."""
+    return np.ascontiguousarray(frames[:, :, ::-1])
+
+
+def jitter(frames: Frames, *, brightness: float, contrast: float, saturation: float) -> Frames:
+    """Other light: each a factor, 1 for no change, and the same for all frames of a clip (T,H,W,3).
+
+    Contrast is about the clip's own mean, saturation about each pixel's grey. There is no change of hue, for captions
+    name colours.
+    """
+    mean = float(frames.mean()) * brightness
+    levels = (np.arange(256) * brightness - mean) * contrast + mean
+    table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    out = np.empty_like(frames)
+    for index, frame in enumerate(frames):
+        lit = cv2.LUT(frame, table)
+        grey = cv2.cvtColor(cv2.cvtColor(lit, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        out[index] = cv2.addWeighted(lit, saturation, grey, 1.0 - saturation, 0.0)
     return out

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import cv2
@@ -23,10 +24,11 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from vdm.data.clips import frame_indices
+from vdm.data.clips import duration, frame_indices
 from vdm.errors import UserError
 
 Frames = npt.NDArray[np.uint8]  # (T, H, W, 3) RGB
+ShortPolicy = Literal["hold", "loop", "drop"]
 
 BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
 ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
@@ -45,26 +47,43 @@ class UnreadableClip(UserError):
         self.reason = reason
 
 
+class ShortClip(UserError):
+    """A file that is shorter than what is asked of it, where such are to be dropped."""
+
+
 # --- file -> pixels ---
 
 
-def read_clip(path: str | Path, *, fps: float, num_frames: int, start: float = 0.5) -> Frames:
+def read_clip(
+    path: str | Path, *, fps: float, num_frames: int, start: float = 0.5, short: ShortPolicy = "hold"
+) -> Frames:
     """uint8 (num_frames,H,W,3): what is shown at `num_frames` moments 1/fps seconds apart (see `clips.frame_indices`).
 
-    `start` in [0, 1] places the window in a longer file. A file whose end is damaged gives what decodes before the
+    `start` in [0, 1] places the window in a longer file; a shorter one holds its last frame, loops, or raises ShortClip
+    ("drop"). A file whose end is damaged gives what decodes before the
     damage. Raises UnreadableClip (a UserError) naming the file when no frame decodes.
     """
     times = _demuxed_times(path)
     if len(times) == 0:
         raise UnreadableClip(path, "it holds no video frame")
-    wanted = frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start)
+    wanted = _wanted(path, times, fps, num_frames, start, short)
     frames, seen = _decode(path, keep=set(wanted.tolist()))
-    if len(seen) <= wanted[-1] or not np.array_equal(seen, times[: len(seen)]):
+    if len(seen) <= wanted.max() or not np.array_equal(seen, times[: len(seen)]):
         # The codec shows other frames than the container lists (hidden or damaged ones): believe the codec.
         times = _decode(path, keep=())[1]
-        wanted = frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start)
+        wanted = _wanted(path, times, fps, num_frames, start, short)
         frames, _ = _decode(path, keep=set(wanted.tolist()))
     return np.stack([frames[index] for index in wanted.tolist()])
+
+
+def _wanted(
+    path: str | Path, times: npt.NDArray[np.float64], fps: float, num_frames: int, start: float, short: ShortPolicy
+) -> npt.NDArray[np.int64]:
+    """`frame_indices` under a policy for clips that end before the last moment asked for."""
+    seconds = (num_frames - 1) / fps
+    if short == "drop" and duration(times) < seconds:
+        raise ShortClip(f"{path} lasts {duration(times):.2f} seconds, and {num_frames} frames at {fps:g} fps more")
+    return frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start, loop=short == "loop")
 
 
 def _demuxed_times(path: str | Path) -> npt.NDArray[np.float64]:
