@@ -29,8 +29,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+class BadClipsFound(Exception):
+    """A check that went well found clips that are not: exit code 3."""
+
+
 def run(command: Callable[[Sequence[str]], None]) -> int:
-    """Run a command on the process's arguments; returns its exit code: 0, 2 for bad input, 1 for a run that failed."""
+    """Run a command on the process's arguments; returns its exit code: 0, 2 bad input, 3 bad clips, 1 failure."""
     try:
         command(sys.argv[1:])
     except UserError as error:
@@ -39,6 +43,8 @@ def run(command: Callable[[Sequence[str]], None]) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BadClipsFound:
+        return 3
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
@@ -113,7 +119,9 @@ def _sample_parser() -> Parser:
 
 
 LATER = ("evaluate", "report")
-COMMANDS = "the commands of vdm: data synth OUT, convert SRC DST (training is train.py, sampling is sample.py)"
+COMMANDS = (
+    "the commands of vdm: data synth OUT, data check DIR, convert SRC DST (training is train.py, sampling is sample.py)"
+)
 
 
 def vdm_command(arguments: Sequence[str]) -> None:
@@ -160,8 +168,10 @@ def _convert_command(arguments: Sequence[str]) -> None:
 
 def _data_command(arguments: Sequence[str]) -> None:
     action = arguments[0] if arguments else None
-    if action in ("check", "view", "cache"):
+    if action in ("view", "cache"):
         raise UserError(f"vdm data {action} is not there yet")
+    if action == "check":
+        return _check_command(arguments[1:])
     if action not in ("synth", "-h", "--help"):
         raise UserError(f"vdm data needs a command, such as: vdm data synth OUT --num_clips 100; got {action!r}")
     parser = Parser(prog="vdm data synth", description="Write mini-something as a folder in SSv2 layout.")
@@ -186,6 +196,28 @@ def _data_command(arguments: Sequence[str]) -> None:
     print(
         f"wrote {options.num_clips} clips to {options.out}; train on them with data.format=ssv2 data.root={options.out}"
     )
+
+
+def _check_command(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="vdm data check", description="Decode every clip of a data set once, and say what is wrong.")
+    parser.add_argument("root", type=Path, help="a folder in SSv2 layout, or of videos with a .txt beside each")
+    parser.flag("--json", type=Path, metavar="FILE", help="write one record a clip")
+    parser.flag("--num_workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.flag("--time_limit", type=float, default=120.0, metavar="F", help="seconds for a clip (default 120)")
+    options = parser.parse_args(arguments)
+    if options.num_workers is not None and options.num_workers < 1:
+        raise UserError(f"--num_workers must be at least 1, got {options.num_workers}")
+    if not options.time_limit > 0:
+        raise UserError(f"--time_limit must be above 0, got {options.time_limit}")
+
+    from vdm.data.check import check, table, write_report
+
+    checked = check(options.root, num_workers=options.num_workers, time_limit=options.time_limit)
+    if options.json is not None:
+        write_report(options.json, checked)
+    print(table(checked))
+    if any(one.bad for one in checked):
+        raise BadClipsFound
 
 
 def main() -> int:

@@ -136,4 +136,4 @@ def test_the_command_writes_the_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "t.json").read_text())
     assert len(record["rows"]) == 14 and all(row["error"] <= row["bound"] for row in record["rows"])
-    assert record["commit"] and record["diffusers"]
+    assert "commit" in record and record["diffusers"] and record["versions"]

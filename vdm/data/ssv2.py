@@ -60,6 +60,12 @@ def find_ssv2(root: str | Path, split: Split) -> list[ClipFile]:
     return clips
 
 
+def has_annotations(root: str | Path) -> bool:
+    """Whether a folder holds annotation files of SSv2, of any split."""
+    folder = existing_folder(root)
+    return any(_find(folder, name) for name in ("annotations", "train", "validation", "test"))
+
+
 def validation_ids(ids: Iterable[str]) -> frozenset[str]:
     """The tenth of the ids with the smallest hash, at least one: the same on every machine, and whatever the order."""
     ordered = sorted(set(ids), key=lambda name: (hashlib.sha256(name.encode()).hexdigest(), name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,7 @@ BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
 ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
 # Without mbtree: at widths below 128 its look-ahead makes other bytes on each run, of the same frames in one thread.
 X264 = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
+SAME = 0.1  # mean difference of grey levels below which two frames show one picture: what a codec adds to a still
 FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.45)
 LINE_HEIGHT, MARGIN = 18, 5
 
@@ -60,8 +62,8 @@ def read_clip(
     """uint8 (num_frames,H,W,3): what is shown at `num_frames` moments 1/fps seconds apart (see `clips.frame_indices`).
 
     `start` in [0, 1] places the window in a longer file; a shorter one holds its last frame, loops, or raises ShortClip
-    ("drop"). A file whose end is damaged gives what decodes before the
-    damage. Raises UnreadableClip (a UserError) naming the file when no frame decodes.
+    ("drop"). A file whose end is damaged gives what decodes before the damage. Raises UnreadableClip (a UserError)
+    naming the file when no frame decodes.
     """
     times = _demuxed_times(path)
     if len(times) == 0:
@@ -125,6 +127,46 @@ def _decode(path: str | Path, *, keep: Collection[int]) -> tuple[dict[int, Frame
         if not stamps:
             raise UnreadableClip(path, reason)
         return kept, _display_times(stamps, stream)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a whole file finds."""
+
+    times: npt.NDArray[np.float64]  # (N,) seconds of the frames that decode, ascending
+    width: int  # as shown, after rotation
+    height: int
+    rotation: int  # degrees, 0 to 270 counterclockwise
+    num_listed: int  # frames that the container holds
+    num_same: int  # frames that show what the frame before does
+    error: str  # why decoding ended early; "" if it did not
+
+
+def scan(path: str | Path) -> Scan:
+    """Decode every frame of a file, holding one. Raises UnreadableClip when none decodes."""
+    stamps: list[int | None] = []
+    listed = same = rotation = 0
+    size, last, error = (0, 0), None, ""
+    with _opened(path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                listed += bool(packet.size and not packet.is_discard)
+                for frame in packet.decode():
+                    assert isinstance(frame, VideoFrame)
+                    if not stamps:
+                        size, rotation = (frame.width, frame.height), round(frame.rotation / 90) % 4
+                    grey = frame.to_ndarray(format="gray", threads=1)
+                    same += last is not None and float(cv2.absdiff(grey, last).mean()) < SAME
+                    last = grey
+                    stamps.append(frame.pts)
+        except av.FFmpegError as problem:
+            error = _reason(problem)
+            with suppress(av.FFmpegError):  # what the container holds besides
+                listed += sum(bool(packet.size and not packet.is_discard) for packet in container.demux(stream))
+        if not stamps:
+            raise UnreadableClip(path, error or ("no frame of it decodes" if listed else "it holds no video frame"))
+        width, height = size if rotation % 2 == 0 else size[::-1]
+        return Scan(_display_times(stamps, stream), width, height, 90 * rotation, listed, same, error)
 
 
 @contextmanager
