@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdm.data import loader
-from vdm.data.loader import VALIDATION_OFFSET, BadClips, Batch, ClipDataset, batches
+from vdm.data.loader import VALIDATION_OFFSET, Batch, ClipDataset, batches
 from vdm.data.mini_something import render_clip, write_ssv2
+from vdm.data.quarantine import BadClips
 from vdm.data.settings import DataConfig
 from vdm.data.transforms import resize_crop
 from vdm.data.video import read_clip, to_float, write_video

@@ -113,6 +113,8 @@ def test_a_few_unreadable_clips_are_named_once_and_left_out(command: Command, tm
     result = command("train.py", TINY, f"run_dir={tmp_path / 'run'}", *data, "max_train_steps=8")
     assert result.code == 0, result.err
     assert result.err.count(f"warning: clip {broken.stem} is left out: {broken.name} cannot be read") == 1
+    [named] = [json.loads(line) for line in (tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()]
+    assert named["id"] == broken.stem and named["split"] in ("train", "validation") and broken.name in named["reason"]
 
 
 def test_the_flat_file_of_the_reference_trains_at_another_size(command: Command, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -19,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vdm.data.folder import find_folder
+from vdm.data.listing import find_listed
 from vdm.data.mirror import mirrored
 from vdm.data.phrasing import NUM_FORMS, rephrased
+from vdm.data.quarantine import Bad, first_of, refuse_bad_share
 from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut, FileSource, RenderedSource, Source, Words
 from vdm.data.ssv2 import ClipFile, find_ssv2
@@ -28,8 +29,6 @@ from vdm.data.subset import choose
 from vdm.data.transforms import flip, jitter
 from vdm.data.video import Frames, ShortClip, UnreadableClip, to_float
 from vdm.errors import UserError
-
-Bad = list[tuple[str, str]]  # (clip id, why it cannot be used)
 
 ORDER, LENGTH, PLACE, LOOKS, WORDING = range(5)  # what a random stream is for; the last word of its seed
 VALIDATION_OFFSET = 1_000_000_000  # first index of mini-something's validation clips, beyond any training set
@@ -72,7 +71,7 @@ class ClipDataset(Dataset[Sample]):
         refuse_bad_share(self.missing, num_clips=self.num_listed, limit=config.max_bad_share)
         if not len(self.source):
             raise UserError(
-                f"no {split} clip of {config.root} can be used ({_first(self.missing)}); mend or replace them"
+                f"no {split} clip of {config.root} can be used ({first_of(self.missing)}); mend or replace them"
             )
         held = config.validation_clips if split == "validation" else len(self.source)
         self.num_clips = min(held, len(self.source))
@@ -85,7 +84,7 @@ class ClipDataset(Dataset[Sample]):
             if config.root is not None:
                 raise UserError(
                     f"data.root={config.root} is set, but data.format=mini-something reads no files; "
-                    "set data.format=ssv2 or data.format=folder, or leave data.root out"
+                    "set data.format to ssv2, folder, jsonl or csv, or leave data.root out"
                 )
             train = self.split == "train"
             num_clips, first = (config.num_clips or 10000, 0) if train else (config.validation_clips, VALIDATION_OFFSET)
@@ -94,8 +93,11 @@ class ClipDataset(Dataset[Sample]):
             return RenderedSource(num_clips, first, self.seed, config.height, config.width, config.fps)
         if config.root is None:
             raise UserError(f"data.format={config.format} reads files; set data.root to the folder that holds them")
-        find = find_ssv2 if config.format == "ssv2" else find_folder
-        clips = self._chosen(find(config.root, self.split))
+        if config.format in ("jsonl", "csv"):
+            clips = self._chosen(find_listed(config.root, self.split, kind=config.format))
+        else:
+            find = find_ssv2 if config.format == "ssv2" else find_folder
+            clips = self._chosen(find(config.root, self.split))
         self.missing = [(clip.id, clip.problem) for clip in clips if clip.problem]
         usable = [clip for clip in clips if not clip.problem]
         return FileSource(usable, config.height, config.width, config.fps, config.short_clips)
@@ -149,7 +151,7 @@ class ClipDataset(Dataset[Sample]):
                 f"{cut.num_frames} frames at {self.config.fps:g} fps; set data.short_clips to hold or loop"
             )
         raise UserError(
-            f"none of {len(bad)} clips of {self.config.root} can be read ({_first(bad)}); mend or replace them"
+            f"none of {len(bad)} clips of {self.config.root} can be read ({first_of(bad)}); mend or replace them"
         )
 
     def _dressed(self, frames: Frames, words: Words, position: int) -> tuple[Frames, str]:
@@ -294,39 +296,3 @@ def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
         positions=[sample["position"] for sample in good],
         bad=[pair for sample in good for pair in sample["bad"]],
     )
-
-
-# --- bad clips ---
-
-
-class BadClips:
-    """Counts the clips of a data set that cannot be used, and names each once on stderr."""
-
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.num_clips = dataset.num_listed
-        self.limit = dataset.config.max_bad_share
-        self.reasons: dict[str, str] = {}
-        self.note(dataset.missing)
-
-    def note(self, bad: Iterable[tuple[str, str]]) -> None:
-        """Warn of those not named before; raises UserError when more than `data.max_bad_share` of the clips are bad."""
-        for name, reason in bad:
-            if name not in self.reasons:
-                self.reasons[name] = reason
-                print(f"warning: clip {name} is left out: {reason}", file=sys.stderr)
-        refuse_bad_share(list(self.reasons.items()), num_clips=self.num_clips, limit=self.limit)
-
-
-def refuse_bad_share(bad: Bad, *, num_clips: int, limit: float) -> None:
-    """Raise UserError when `bad` is more than `limit` of `num_clips`."""
-    if len(bad) > limit * num_clips:
-        share = 100 * len(bad) / num_clips
-        raise UserError(
-            f"{len(bad)} of {num_clips} clips ({share:.0f} %) cannot be read ({_first(bad)}); "
-            f"limit data.max_bad_share={limit}: mend or remove them, or raise the limit"
-        )
-
-
-def _first(bad: Bad) -> str:
-    name, reason = bad[0]
-    return f"first: {name}: {reason}"

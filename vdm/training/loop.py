@@ -14,7 +14,8 @@ from torch import Tensor
 from vdm import checkpoint
 from vdm.components import load_part, save_parts, without_sources
 from vdm.config import Config, load, to_yaml
-from vdm.data.loader import BadClips, Batch, batches
+from vdm.data.loader import Batch, batches
+from vdm.data.quarantine import BadClips
 from vdm.errors import UserError
 from vdm.training.ema import EMA
 from vdm.training.optim import build_optimizer, learning_rate
@@ -79,7 +80,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = EMA(self.trained, decay=self.settings.ema_decay)
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
-        self.bad, self.bad_held_out = BadClips(self.clips), BadClips(self.held_out)
+        record = run_dir / "bad_clips.jsonl"
+        self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         if self.settings.gradient_checkpointing:
             for module in self.trained.values():
                 checkpoint_activations(module)

@@ -1,0 +1,101 @@
+"""Clips by a list: jsonl and csv, what they may say, and what is wrong with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from vdm.data.listing import find_listed
+from vdm.data.loader import ClipDataset
+from vdm.data.mini_something import render_clip
+from vdm.data.settings import DataConfig
+from vdm.data.video import write_video
+from vdm.errors import UserError
+
+
+def listed(root: Path, kind: str, count: int = 10) -> Path:
+    """A list of clips in a subfolder, the last of which is not there."""
+    entries = [{"file": f"clips/{i}.mp4", "caption": f"clip {i}, with a comma"} for i in range(count)]
+    (root / "clips").mkdir()
+    for i in range(count - 1):
+        (root / "clips" / f"{i}.mp4").write_bytes(b"")
+    path = root / f"metadata.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(entry) for entry in entries) + "\n\n")
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["caption", "file"])
+            writer.writeheader()
+            writer.writerows(entries)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("where", ["the list", "its folder"])
+def test_a_list_is_read(tmp_path: Path, kind: str, where: str) -> None:
+    path = listed(tmp_path, kind)
+    root = path if where == "the list" else tmp_path
+    train, held_out = (find_listed(root, split, kind=kind) for split in ("train", "validation"))  # type: ignore[arg-type]
+    assert len(train) == 9 and len(held_out) == 1
+    clips = {clip.id: clip for clip in (*train, *held_out)}
+    assert clips.keys() == {f"clips/{i}" for i in range(10)}
+    assert clips["clips/3"].path == tmp_path / "clips" / "3.mp4"
+    assert clips["clips/3"].caption == "clip 3, with a comma" and clips["clips/3"].problem == ""
+    assert clips["clips/9"].problem == "no file"
+    with pytest.raises(UserError, match="the test split of .* is empty"):
+        find_listed(root, "test", kind=kind)  # type: ignore[arg-type]
+
+
+def test_a_line_may_have_a_template(tmp_path: Path) -> None:
+    entry = {"file": "a.mp4", "caption": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
+    lines = [entry, {**entry, "file": "b.mp4", "placeholders": ["a", "b"]}, {"file": "c.mp4"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in "abc":
+        (tmp_path / f"{name}.mp4").write_bytes(b"")
+    clips = {
+        clip.id: clip
+        for split in ("train", "validation")
+        for clip in find_listed(tmp_path / "m.jsonl", split, kind="jsonl")
+    }  # type: ignore[arg-type]
+    assert (clips["a"].template, clips["a"].placeholders) == ("Holding [something]", ("a cup",))
+    assert clips["b"].template == "" and clips["c"].problem == "it has no caption"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "sentence"),
+    [
+        ("jsonl", '{"file": "a.mp4"', "line 1 of .* is not valid JSON"),
+        ("jsonl", '{"file": "a.mp4", "caption": "x"}\n{"caption": "x"}', "line 2 of .* names no file"),
+        ("jsonl", "[1]", "line 1 of .* names no file"),
+        ("csv", "path,caption\na.mp4,x\n", "line 2 of .* names no file; each line needs file and caption"),
+        ("csv", "", "the train split of .* is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_named(tmp_path: Path, kind: str, text: str, sentence: str) -> None:
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        find_listed(tmp_path, "train", kind=kind)  # type: ignore[arg-type]
+
+
+def test_a_list_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="data list .*metadata.csv does not exist; set data.root to it, or to the folder"
+    ):
+        find_listed(tmp_path, "train", kind="csv")
+    (tmp_path / "metadata.csv").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="cannot be read .* must be UTF-8 text"):
+        find_listed(tmp_path, "train", kind="csv")
+
+
+def test_a_listed_set_is_trained_on(tmp_path: Path) -> None:
+    path = listed(tmp_path, "csv")
+    for i in range(10):
+        frames = render_clip(i, seed=0, height=16, width=16, num_frames=4, fps=8).frames
+        write_video(tmp_path / "clips" / f"{i}.mp4", frames, fps=8)
+    config = DataConfig(format="csv", root=str(path), height=16, width=16, min_frames=4, max_frames=4)
+    clips = ClipDataset(config, split="train", seed=0, batch_size=2)
+    assert len(clips) == 9 and clips[0]["video"].shape == (3, 4, 16, 16)
+    assert clips[0]["caption"] == f"clip {clips[0]['id'].removeprefix('clips/')}, with a comma"

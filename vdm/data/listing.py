@@ -1,0 +1,81 @@
+"""One's own clips by a list: a jsonl or csv file that names each clip's file and caption."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from vdm.data.captions import SLOT
+from vdm.data.ssv2 import ClipFile, Split, validation_ids
+from vdm.errors import UserError
+
+Kind = Literal["jsonl", "csv"]
+
+
+def find_listed(root: str | Path, split: Split, *, kind: Kind) -> list[ClipFile]:
+    """The clips of one split, as listed; `problem` marks those without a file or a caption.
+
+    `root` is the list, or a folder with `metadata.jsonl` or `metadata.csv`. Each line has `file`, relative to the list,
+    and `caption`; a jsonl line may have SSv2's `template` and `placeholders` too. Validation is the tenth of the files
+    with the smallest hash, at least one. Raises UserError for a list that cannot be read, and for an empty split.
+    """
+    path = Path(root).expanduser()
+    path = path / f"metadata.{kind}" if path.is_dir() else path
+    entries = list(_entries(path, kind))
+    names = [str(entry["file"]) for entry in entries]
+    held_out = validation_ids(names)
+    wanted = [
+        _clip(path, entry) for name, entry in zip(names, entries, strict=True)
+        if (name in held_out) == (split == "validation")
+    ]  # fmt: skip
+    if split == "test" or not wanted:
+        raise UserError(f"the {split} split of {path} is empty: of {len(entries)} clips none is left for it")
+    return wanted
+
+
+def _entries(path: Path, kind: Kind) -> Iterator[Mapping[str, object]]:
+    """Every line of a list, each with a file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"data list {path} does not exist; set data.root to it, or to the folder that it is in"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data list {path} cannot be read ({error}); it must be UTF-8 text") from error
+    for number, entry in _parsed(text, path, kind):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str) or not entry["file"]:
+            raise UserError(f"line {number} of {path} names no file; each line needs file and caption")
+        yield entry
+
+
+def _parsed(text: str, path: Path, kind: Kind) -> Iterator[tuple[int, object]]:
+    if kind == "csv":
+        yield from enumerate(csv.DictReader(text.splitlines()), start=2)
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is not valid JSON: {error}; mend or remove it") from error
+
+
+def _clip(path: Path, entry: Mapping[str, object]) -> ClipFile:
+    name = str(entry["file"])
+    file, caption = path.parent / name, entry.get("caption")
+    text = caption.strip() if isinstance(caption, str) else ""
+    problem = "no file" if not file.is_file() else "" if text else "it has no caption"
+    template, placeholders = entry.get("template"), entry.get("placeholders")
+    if (
+        isinstance(template, str)
+        and isinstance(placeholders, list)
+        and len(SLOT.findall(template)) == len(placeholders)
+    ):
+        fillers = tuple(str(placeholder) for placeholder in placeholders)
+        return ClipFile(str(Path(name).with_suffix("")), file, text, problem, template, fillers)
+    return ClipFile(str(Path(name).with_suffix("")), file, text, problem)
