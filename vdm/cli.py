@@ -119,9 +119,7 @@ def _sample_parser() -> Parser:
 
 
 LATER = ("evaluate", "report")
-COMMANDS = (
-    "the commands of vdm: data synth OUT, data check DIR, convert SRC DST (training is train.py, sampling is sample.py)"
-)
+COMMANDS = "the commands of vdm: data synth|check|view, convert (training is train.py, sampling is sample.py)"
 
 
 def vdm_command(arguments: Sequence[str]) -> None:
@@ -168,10 +166,10 @@ def _convert_command(arguments: Sequence[str]) -> None:
 
 def _data_command(arguments: Sequence[str]) -> None:
     action = arguments[0] if arguments else None
-    if action in ("view", "cache"):
-        raise UserError(f"vdm data {action} is not there yet")
-    if action == "check":
-        return _check_command(arguments[1:])
+    if action == "cache":
+        raise UserError("vdm data cache is not there yet")
+    if action in ("check", "view"):
+        return (_check_command if action == "check" else _view_command)(arguments[1:])
     if action not in ("synth", "-h", "--help"):
         raise UserError(f"vdm data needs a command, such as: vdm data synth OUT --num_clips 100; got {action!r}")
     parser = Parser(prog="vdm data synth", description="Write mini-something as a folder in SSv2 layout.")
@@ -218,6 +216,28 @@ def _check_command(arguments: Sequence[str]) -> None:
     print(table(checked))
     if any(one.bad for one in checked):
         raise BadClipsFound
+
+
+def _view_command(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="vdm data view", description="Write a page with the clips and captions that a model will see.")
+    parser.add_argument(
+        "root", type=Path, help="a folder in SSv2 layout or of videos and .txt, or a .jsonl or .csv list"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="values of the data section")
+    parser.flag("--output", type=Path, required=True, metavar="OUT.html", help="the page, which needs no other file")
+    parser.flag("--config", type=Path, metavar="CONFIG.yaml", help="a run's config, whose data section and seed count")
+    parser.flag("--num_clips", type=int, default=24, metavar="N", help="of the stream of training clips (default 24)")
+    options = parser.parse_intermixed_args(arguments)
+    if options.num_clips < 1:
+        raise UserError(f"--num_clips must be at least 1, got {options.num_clips}")
+
+    from vdm.config import Config, load, override
+    from vdm.data.view import with_root, write_page
+
+    config = load(options.config, options.overrides) if options.config else override(Config("view"), options.overrides)
+    data = with_root(config.data, options.root)
+    count = write_page(data, options.output, num_clips=options.num_clips, seed=config.seed)
+    print(f"wrote {count} clips to {options.output}; open it in a browser")
 
 
 def main() -> int:

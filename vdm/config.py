@@ -86,20 +86,27 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     value of the wrong type or out of range.
     """
     path = Path(path)
-    values = {("", "name"): path.stem, **_locate_all(_read(path))}
+    return _build({("", "name"): path.stem, **_locate_all(_read(path)), **_overridden(overrides)})
+
+
+def override(config: Config, overrides: Iterable[str] = ()) -> Config:
+    """A config that was not read from YAML, with overrides as `load` takes them; every value is of its type.
+
+    Raises UserError.
+    """
+    tree = parse(to_yaml(config), source="the config")
+    assert isinstance(tree, dict)
+    return _build({**_locate_all(tree), **_overridden(overrides)})
+
+
+def _overridden(overrides: Iterable[str]) -> dict[Place, object]:
+    values: dict[Place, object] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"override {text!r} must be written as section.key=value")
         values |= _locate_all({key.strip(): parse(value, source=f"the value of {key}")})
-    return _build(values)
-
-
-def checked(config: Config) -> Config:
-    """The same config, for one that was not read from YAML: every value of its type. Raises UserError."""
-    tree = parse(to_yaml(config), source="the config")
-    assert isinstance(tree, dict)
-    return _build(_locate_all(tree))
+    return values
 
 
 def _build(values: Mapping[Place, object]) -> Config:

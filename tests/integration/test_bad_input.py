@@ -232,7 +232,7 @@ def test_sample_refuses_a_checkpoint_that_is_not_what_its_manifest_says(
         ("data", "vdm data needs a command"),
         ("data check PLACE/empty", "holds no video"),
         ("data check PLACE/nowhere", "does not exist"),
-        ("data view PLACE --output x.html", "vdm data view is not there yet"),
+        ("data view PLACE/nowhere --output x.html", "does not exist"),
         ("data cache x.yaml", "vdm data cache is not there yet"),
         ("data bogus", "vdm data needs a command"),
         ("data synth PLACE/new", "arguments are required: --num_clips"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm.config import Config, checked, load, to_yaml
+from vdm.config import Config, load, override, to_yaml
 from vdm.errors import UserError
 from vdm.interop.links import Report
 from vdm.text.encoder import TOKEN_TABLE, VOCABULARY
@@ -121,7 +121,7 @@ def with_note(path: Path, derived: Config, described: Callable[[Config], object]
 def config_of(path: Path, **sections: Any) -> Config:
     """A config of these sections, named after the folder; all else is as by default. Raises `UserError`."""
     name = path.resolve().name
-    return checked(Config(name=name if name not in ("", ".", "..") else "model", **sections))
+    return override(Config(name=name if name not in ("", ".", "..") else "model", **sections))
 
 
 def text_state(tower: Weights, folder: Path) -> Weights:

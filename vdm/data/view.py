@@ -1,0 +1,101 @@
+"""`vdm data view`: one page with the very clips, frames and captions that a model will see, playable in a browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from vdm.data.loader import ClipDataset, Sample
+from vdm.data.settings import DataConfig
+from vdm.data.ssv2 import has_annotations
+from vdm.data.video import Frames, to_uint8, write_video
+from vdm.errors import UserError
+
+STRIP_HEIGHT = 64  # pixels of the frames beneath a clip
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1.5em }
+figure { margin: 0; border: 1px solid #ddd; border-radius: 6px; padding: .7em }
+video { width: 100%; background: #000; image-rendering: pixelated }
+.strip { overflow-x: auto; margin: .4em 0 } .strip img { display: block }
+figcaption b { display: block; font-weight: 600 } small { color: #666 }
+"""
+
+
+def guess_format(root: Path) -> DataConfig:
+    """The data section for a folder or list of clips, all else as by default. Raises UserError where there is none."""
+    if root.suffix in (".jsonl", ".csv"):
+        return DataConfig(format="jsonl" if root.suffix == ".jsonl" else "csv", root=str(root))
+    return DataConfig(format="ssv2" if has_annotations(root) else "folder", root=str(root))
+
+
+def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -> int:
+    """Write the first `num_clips` training clips of a run with this data section and seed; returns how many.
+
+    The file appears whole or not at all. Raises UserError.
+    """
+    clips = ClipDataset(config, split="train", seed=seed, batch_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = [
+            _figure(clips[position], config.fps, Path(folder) / "clip.mp4")
+            for position in tqdm(range(num_clips), desc="drawing", unit="clip")
+        ]
+    title = f"{config.root or config.format}: {num_clips} clips as the model sees them"
+    changed = [
+        f"{name} {value}" for name, value in vars(config).items() if value != getattr(DataConfig(), name) and value
+    ]  # fmt: skip
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
+        f"<p>{len(clips)} clips to train on, seed {seed}; {html.escape(', '.join(changed))}</p>\n"
+        f"<main>\n{''.join(figures)}</main>\n</body>\n</html>\n"
+    )
+    _write(output, page)
+    return num_clips
+
+
+def _figure(sample: Sample, fps: float, file: Path) -> str:
+    frames = to_uint8(sample["video"])
+    write_video(file, frames, fps=fps)
+    video = base64.b64encode(file.read_bytes()).decode()
+    length, height, width = frames.shape[:3]
+    about = f"clip {sample['id']}, position {sample['position']}: {length} frames of {width}x{height} at {fps:g} fps"
+    left_out = "".join(f"<br>in place of {html.escape(f'{name}: {reason}')}" for name, reason in sample["bad"])
+    return (
+        f'<figure>\n<video controls loop muted playsinline src="data:video/mp4;base64,{video}"></video>\n'
+        f'<div class="strip"><img alt="its frames" src="data:image/jpeg;base64,{_strip(frames)}"></div>\n'
+        f"<figcaption><b>{html.escape(sample['caption'])}</b><small>{html.escape(about)}{left_out}</small></figcaption>\n"
+        "</figure>\n"
+    )
+
+
+def _strip(frames: Frames) -> str:
+    """All frames side by side, as JPEG in base64."""
+    length, height, width = frames.shape[:3]
+    small = [cv2.resize(frame, (max(1, width * STRIP_HEIGHT // height), STRIP_HEIGHT)) for frame in frames]
+    done, jpeg = cv2.imencode(".jpg", cv2.cvtColor(np.concatenate(small, axis=1), cv2.COLOR_RGB2BGR))
+    assert done
+    return base64.b64encode(jpeg.tobytes()).decode()
+
+
+def _write(output: Path, page: str) -> None:
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
+
+
+def with_root(config: DataConfig, root: Path) -> DataConfig:
+    """A run's data section on the clips of another place."""
+    guessed = guess_format(root)
+    return replace(config, format=guessed.format, root=guessed.root)
