@@ -36,6 +36,7 @@ setup(
         "numpy>=1.24",
         "opencv-python>=4.8",
         "av>=14.2",  # the first with VideoFrame.rotation
+        "fsspec>=2024.2",  # comes with torch
         "safetensors>=0.4.3",
         "pyyaml>=6",
         "tqdm>=4.60",

@@ -196,9 +196,12 @@ def _data_command(arguments: Sequence[str]) -> None:
     )
 
 
+DATA_HELP = "a folder in SSv2 layout, or of videos with a .txt beside each, or of .tar shards; a .jsonl, .csv or .tar"
+
+
 def _check_command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="vdm data check", description="Decode every clip of a data set once, and say what is wrong.")
-    parser.add_argument("root", type=Path, help="a folder in SSv2 layout, or of videos with a .txt beside each")
+    parser.add_argument("root", metavar="DIR", help=DATA_HELP)
     parser.flag("--json", type=Path, metavar="FILE", help="write one record a clip")
     parser.flag("--num_workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.flag("--time_limit", type=float, default=120.0, metavar="F", help="seconds for a clip (default 120)")

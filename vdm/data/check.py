@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from vdm.data.captions import caption
 from vdm.data.clips import duration
-from vdm.data.folder import find_folder
+from vdm.data.find import find_clips, guess_format
 from vdm.data.pool import Lost, run_each
-from vdm.data.ssv2 import ClipFile, Split, find_ssv2, has_annotations
+from vdm.data.ssv2 import ClipFile, Split
 from vdm.data.video import UnreadableClip, scan
 from vdm.errors import UserError
 
@@ -45,18 +45,15 @@ class Checked:
         return self.problem is not None and not self.problem.startswith(SHORT)
 
 
-def find_all(root: Path) -> list[ClipFile]:
-    """Every annotated clip of a folder in SSv2 layout, each id once; else every video of a folder.
-
-    Raises UserError where there is nothing to check.
-    """
-    splits: tuple[Split, ...] = ("train", "validation", "test") if has_annotations(root) else ("train", "validation")
-    find = find_ssv2 if has_annotations(root) else find_folder
+def find_all(root: Path | str) -> list[ClipFile]:
+    """Every clip that a data set of any format lists, each id once. Raises UserError where there is none."""
+    config = guess_format(str(root))
     found: dict[str, ClipFile] = {}
     errors: list[UserError] = []
+    splits: tuple[Split, ...] = ("train", "validation", "test")
     for split in splits:
         try:
-            for clip in find(root, split):
+            for clip in find_clips(config, split):
                 found.setdefault(clip.id, clip)
         except UserError as error:  # not every data set has all splits
             errors.append(error)
@@ -93,7 +90,7 @@ def check_clip(clip: ClipFile) -> Checked:
     return checked
 
 
-def check(root: Path, *, num_workers: int | None = None, time_limit: float = 120.0) -> list[Checked]:
+def check(root: Path | str, *, num_workers: int | None = None, time_limit: float = 120.0) -> list[Checked]:
     """Every clip of a data set, in its order, with a progress bar on stderr. Raises UserError."""
     clips = find_all(root)
     results: dict[int, Checked] = {}

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vdm.data.folder import find_folder
-from vdm.data.listing import find_listed
+from vdm.data.find import find_clips
 from vdm.data.mirror import mirrored
 from vdm.data.phrasing import NUM_FORMS, rephrased
 from vdm.data.quarantine import Bad, first_of, refuse_bad_share
 from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut, FileSource, RenderedSource, Source, Words
-from vdm.data.ssv2 import ClipFile, find_ssv2
+from vdm.data.ssv2 import ClipFile
 from vdm.data.subset import choose
 from vdm.data.transforms import flip, jitter
 from vdm.data.video import Frames, ShortClip, UnreadableClip, to_float
@@ -84,20 +83,14 @@ class ClipDataset(Dataset[Sample]):
             if config.root is not None:
                 raise UserError(
                     f"data.root={config.root} is set, but data.format=mini-something reads no files; "
-                    "set data.format to ssv2, folder, jsonl or csv, or leave data.root out"
+                    "set data.format to ssv2, folder, jsonl, csv or webdataset, or leave data.root out"
                 )
             train = self.split == "train"
             num_clips, first = (config.num_clips or 10000, 0) if train else (config.validation_clips, VALIDATION_OFFSET)
             if config.templates or config.max_clips_per_template is not None:
                 raise UserError("data.templates and data.max_clips_per_template choose among files; leave them out")
             return RenderedSource(num_clips, first, self.seed, config.height, config.width, config.fps)
-        if config.root is None:
-            raise UserError(f"data.format={config.format} reads files; set data.root to the folder that holds them")
-        if config.format in ("jsonl", "csv"):
-            clips = self._chosen(find_listed(config.root, self.split, kind=config.format))
-        else:
-            find = find_ssv2 if config.format == "ssv2" else find_folder
-            clips = self._chosen(find(config.root, self.split))
+        clips = self._chosen(find_clips(config, self.split))
         self.missing = [(clip.id, clip.problem) for clip in clips if clip.problem]
         usable = [clip for clip in clips if not clip.problem]
         return FileSource(usable, config.height, config.width, config.fps, config.short_clips)

@@ -14,7 +14,7 @@ from vdm.errors import UserError
 class DataConfig:
     """Raises UserError for impossible values."""
 
-    format: Literal["mini-something", "ssv2", "folder", "jsonl", "csv"] = "mini-something"
+    format: Literal["mini-something", "ssv2", "folder", "jsonl", "csv", "webdataset"] = "mini-something"
     root: str | None = None
     num_clips: int | None = None  # of the training set, at most; null is all files, or 10000 of mini-something
     subset_order: Literal["first", "random"] = "random"  # which of more files: the first listed, or by lot

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from vdm.data.captions import SLOT, caption
+from vdm.data.packed import Packed
 from vdm.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -30,7 +31,7 @@ class ClipFile:
     """
 
     id: str
-    path: Path
+    path: Path | Packed
     caption: str
     problem: str = ""
     template: str = ""

@@ -6,6 +6,7 @@ libav's own messages off stderr; what matters of them reaches the user in one se
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from vdm.data.clips import duration, frame_indices
+from vdm.data.packed import File, Packed
 from vdm.errors import UserError
 
 Frames = npt.NDArray[np.uint8]  # (T, H, W, 3) RGB
@@ -43,9 +45,9 @@ LINE_HEIGHT, MARGIN = 18, 5
 class UnreadableClip(UserError):
     """A file that gives no frame; `reason` is what the sentence says after its name."""
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+    def __init__(self, path: File, reason: str) -> None:
         super().__init__(f"{path} cannot be read: {reason}")
-        self.path = Path(path)
+        self.path = Path(str(path))
         self.reason = reason
 
 
@@ -56,15 +58,14 @@ class ShortClip(UserError):
 # --- file -> pixels ---
 
 
-def read_clip(
-    path: str | Path, *, fps: float, num_frames: int, start: float = 0.5, short: ShortPolicy = "hold"
-) -> Frames:
+def read_clip(path: File, *, fps: float, num_frames: int, start: float = 0.5, short: ShortPolicy = "hold") -> Frames:
     """uint8 (num_frames,H,W,3): what is shown at `num_frames` moments 1/fps seconds apart (see `clips.frame_indices`).
 
     `start` in [0, 1] places the window in a longer file; a shorter one holds its last frame, loops, or raises ShortClip
     ("drop"). A file whose end is damaged gives what decodes before the damage. Raises UnreadableClip (a UserError)
     naming the file when no frame decodes.
     """
+    path = _loaded(path)
     times = _demuxed_times(path)
     if len(times) == 0:
         raise UnreadableClip(path, "it holds no video frame")
@@ -79,7 +80,7 @@ def read_clip(
 
 
 def _wanted(
-    path: str | Path, times: npt.NDArray[np.float64], fps: float, num_frames: int, start: float, short: ShortPolicy
+    path: File, times: npt.NDArray[np.float64], fps: float, num_frames: int, start: float, short: ShortPolicy
 ) -> npt.NDArray[np.int64]:
     """`frame_indices` under a policy for clips that end before the last moment asked for."""
     seconds = (num_frames - 1) / fps
@@ -88,7 +89,7 @@ def _wanted(
     return frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start, loop=short == "loop")
 
 
-def _demuxed_times(path: str | Path) -> npt.NDArray[np.float64]:
+def _demuxed_times(path: File) -> npt.NDArray[np.float64]:
     """Seconds (N,) at which the container says that its frames are shown, without decoding any."""
     stamps: list[int | None] = []
     with _opened(path) as (container, stream):
@@ -101,7 +102,7 @@ def _demuxed_times(path: str | Path) -> npt.NDArray[np.float64]:
         return _display_times(stamps, stream)
 
 
-def _decode(path: str | Path, *, keep: Collection[int]) -> tuple[dict[int, Frames], npt.NDArray[np.float64]]:
+def _decode(path: File, *, keep: Collection[int]) -> tuple[dict[int, Frames], npt.NDArray[np.float64]]:
     """One decoding pass: the frames of `keep` by their place in display order, and the seconds (N,) of all frames seen.
 
     Frames leave the decoder in display order whatever their stamps say. An empty `keep` sees every frame and holds
@@ -142,7 +143,7 @@ class Scan:
     error: str  # why decoding ended early; "" if it did not
 
 
-def scan(path: str | Path) -> Scan:
+def scan(path: File) -> Scan:
     """Decode every frame of a file, holding one. Raises UnreadableClip when none decodes."""
     stamps: list[int | None] = []
     listed = same = rotation = 0
@@ -170,10 +171,11 @@ def scan(path: str | Path) -> Scan:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(path: File) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream, set to decode in this thread alone; closed on the way out."""
+    path = _loaded(path)
     try:
-        container = av.open(str(path))
+        container = av.open(io.BytesIO(path.data or b"") if isinstance(path, Packed) else str(path), "r")
     except (av.FFmpegError, OSError) as error:
         raise UnreadableClip(path, _reason(error)) from error
     with container:
@@ -183,6 +185,14 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream.thread_type = "NONE"  # workers are the parallelism; threads inside each would only fight over the cores
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def _loaded(path: File) -> File:
+    """A file inside another is read once, for there are several passes over it."""
+    try:
+        return path.loaded() if isinstance(path, Packed) else path
+    except (OSError, ValueError) as error:
+        raise UnreadableClip(path, _reason(error)) from error
 
 
 def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> npt.NDArray[np.float64]:

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from vdm.data.find import guess_format
 from vdm.data.loader import ClipDataset, Sample
 from vdm.data.settings import DataConfig
-from vdm.data.ssv2 import has_annotations
 from vdm.data.video import Frames, to_uint8, write_video
 from vdm.errors import UserError
 
@@ -27,13 +27,6 @@ video { width: 100%; background: #000; image-rendering: pixelated }
 .strip { overflow-x: auto; margin: .4em 0 } .strip img { display: block }
 figcaption b { display: block; font-weight: 600 } small { color: #666 }
 """
-
-
-def guess_format(root: Path) -> DataConfig:
-    """The data section for a folder or list of clips, all else as by default. Raises UserError where there is none."""
-    if root.suffix in (".jsonl", ".csv"):
-        return DataConfig(format="jsonl" if root.suffix == ".jsonl" else "csv", root=str(root))
-    return DataConfig(format="ssv2" if has_annotations(root) else "folder", root=str(root))
 
 
 def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -> int:
@@ -95,7 +88,7 @@ def _write(output: Path, page: str) -> None:
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
 
 
-def with_root(config: DataConfig, root: Path) -> DataConfig:
+def with_root(config: DataConfig, root: Path | str) -> DataConfig:
     """A run's data section on the clips of another place."""
-    guessed = guess_format(root)
+    guessed = guess_format(str(root))
     return replace(config, format=guessed.format, root=guessed.root)
