@@ -1,0 +1,36 @@
+"""benchmarks/data.py measures what it says, and saves it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import data
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_way_gives_a_clip_of_the_same_shape(tmp_path: Path) -> None:
+    data.make_clips(tmp_path, 1)
+    for name, read in data.rivals().items():
+        clip = read(tmp_path / "0.webm")
+        assert isinstance(clip, torch.Tensor) and clip.shape == (3, 16, 256, 256), name
+
+
+@pytest.mark.slow
+def test_the_command_measures(tmp_path: Path) -> None:
+    arguments = ["--num_clips", "8", "--rounds", "1", "--json", str(tmp_path / "d.json")]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/data.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "d.json").read_text())
+    assert {"raw", "loader", "loader, all augmentation", "loader, tar shard", "cv2 loop"} <= set(record["rates"])
+    assert all(rate > 0 for rate in record["rates"].values()) and set(record["workers"]) == {"0", "1", "2"}
