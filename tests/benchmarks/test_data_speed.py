@@ -28,7 +28,8 @@ def test_every_way_gives_a_clip_of_the_same_shape(tmp_path: Path) -> None:
 def test_the_command_measures(tmp_path: Path) -> None:
     arguments = ["--num_clips", "8", "--rounds", "1", "--json", str(tmp_path / "d.json")]
     done = subprocess.run(
-        [sys.executable, "benchmarks/data.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "benchmarks/data.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "d.json").read_text())
