@@ -3,7 +3,10 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +206,38 @@ def test_micro_batches_make_up_the_global_batch():
         next(batches(clips, batch_size=3))
 
 
+class Faulty(ClipDataset):
+    """Does something terrible at one position of the stream."""
+
+    def __getitem__(self, position):
+        if position == 9:
+            if self.config.worker_timeout > 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(30)
+        return super().__getitem__(position)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("timeout", "sentence"),
+    [
+        (600.0, "a data worker died .*; lower data.dataloader_num_workers"),
+        (2.0, "no data worker gave a batch for data.worker_timeout=2 seconds"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_named(timeout, sentence):
+    config = replace(TINY, worker_timeout=timeout)
+    clips = Faulty(config, split="train", seed=0, batch_size=4)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=sentence):
+        take(clips, 5, num_workers=1)
+    assert time.monotonic() - began < 25
+
+
+def test_other_errors_of_a_worker_are_themselves():
+    assert loader._of_workers(RuntimeError("something else"), TINY) is None
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_ends_after_one_pass(num_workers):
     clips = dataset(split="validation")
@@ -323,6 +358,7 @@ def test_a_set_whose_captions_are_all_missing(tmp_path):
         ({"fps": 0.0}, "data.fps must be above 0"),
         ({"fps": float("nan")}, "data.fps must be above 0"),
         ({"dataloader_num_workers": -1}, "data.dataloader_num_workers"),
+        ({"worker_timeout": -1.0}, "data.worker_timeout must be at least 0 seconds"),
         ({"max_bad_share": 1.1}, "data.max_bad_share must be between 0 and 1"),
     ],
 )

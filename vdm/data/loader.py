@@ -248,7 +248,8 @@ def batches(
     """Batches start_batch, start_batch + 1, ... of the stream: without end for training, one pass for validation.
 
     Entering at batch k gives what skipping k batches gives, with any number of workers. A training batch must not
-    straddle two global ones: `batch_size` divides the dataset's.
+    straddle two global ones: `batch_size` divides the dataset's. Raises UserError where a worker dies, or gives nothing
+    for `data.worker_timeout` seconds.
     """
     training = dataset.split == "train"
     assert not training or dataset.batch_size % batch_size == 0, "a batch must lie inside one global batch"
@@ -261,14 +262,34 @@ def batches(
         pin_memory=pin_memory and torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         persistent_workers=num_workers > 0,
+        timeout=dataset.config.worker_timeout if num_workers else 0.0,
     )
     try:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+    except RuntimeError as error:
+        told = _of_workers(error, dataset.config)
+        if told is None:
+            raise
+        raise told from error
     finally:
         del loader  # ends the workers now; left to the garbage collector, each would be waited for in vain
+
+
+def _of_workers(error: RuntimeError, config: DataConfig) -> UserError | None:
+    """What torch's data loader says of its workers, in one sentence; None where it speaks of something else."""
+    check = "vdm data check finds the clip, if it is one"
+    if "exited unexpectedly" in str(error):
+        return UserError(
+            f"a data worker died ({str(error).splitlines()[0]}), killed for want of memory or by a decoder; lower "
+            f"data.dataloader_num_workers={config.dataloader_num_workers}, or {check}"
+        )
+    if "timed out" in str(error):
+        waited = f"no data worker gave a batch for data.worker_timeout={config.worker_timeout:g} seconds"
+        return UserError(f"{waited}; raise it for a slow disk, and {check}")
+    return None
 
 
 def _start_worker(worker: int) -> None:
