@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -52,9 +53,9 @@ def wilson(right: int, clips: int) -> tuple[float, float]:
 
 
 def write_json(path: Path, record: dict[str, object]) -> None:
-    """Raises `UserError` where the file cannot be written."""
+    """A path is written as its text. Raises `UserError` where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=1, default=os.fspath) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another --json file") from error

@@ -299,10 +299,9 @@ def _print(record: dict[str, Any]) -> None:
         print("{captions:<8} t {t:.2f}  error {error:.5f}  gap {gap:+.5f} +- {standard_error:.5f}".format(**row))
     if "scores" not in record:
         return
-    columns = ("clips", "right", "opposite", "still", "colour")
-    print(f"{'prompted action':<24}" + "".join(f"{column:>10}" for column in columns))
+    print(f"{'prompted action':<24}     clips     right  opposite     still    colour")
     for name, row in record["scores"]["actions"].items():
-        print(f"{name:<24}" + "".join(f"{row[column]:>10}" for column in columns))
+        print("{:<24}{clips:>10}{right:>10}{opposite:>10}{still:>10}{colour:>10}".format(name, **row))
     for name in ("direction", "action", "colour"):
         score = "{:<10}{value:7.1%}  [{ci95[0]:.1%}, {ci95[1]:.1%}]  {right} of {clips}, chance {chance:.1%}"
         print(score.format(name, **record["scores"][name]))
@@ -329,8 +328,7 @@ def demo_command(arguments: Sequence[str]) -> None:
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     device, folder, data = pick_device(options.device), options.checkpoint or SHIPPED, DataConfig(height=64, width=64)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    record: dict[str, Any] = {"environment": environment(device), "settings": settings}
+    record: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
     if not options.real or options.checkpoint is not None:
         verify(folder)
         data = load(folder / CONFIG).data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vdm.errors import UserError
 
@@ -24,3 +24,17 @@ def caption(template: str, placeholders: Sequence[str]) -> str:
         )
     fillers = iter(placeholders)
     return SLOT.sub(lambda _: next(fillers), template).lower()
+
+
+def filled(entry: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
+    """The template of an annotation with what fills its slots; nothing where it has none, or they do not fit."""
+    template, placeholders = entry.get("template"), entry.get("placeholders")
+    if not isinstance(template, str) or not isinstance(placeholders, list):
+        return "", ()
+    fillers = tuple(str(placeholder) for placeholder in placeholders)
+    return (template, fillers) if len(SLOT.findall(template)) == len(fillers) else ("", ())
+
+
+def without_brackets(template: str) -> str:
+    """A template as the label files of Something-Something spell its class."""
+    return re.sub(r"[\[\]]", "", template)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from vdm.data.captions import SLOT
+from vdm.data.captions import filled
 from vdm.data.ssv2 import ClipFile, Split, validation_ids
 from vdm.errors import UserError
 
@@ -70,12 +70,4 @@ def _clip(path: Path, entry: Mapping[str, object]) -> ClipFile:
     file, caption = path.parent / name, entry.get("caption")
     text = caption.strip() if isinstance(caption, str) else ""
     problem = "no file" if not file.is_file() else "" if text else "it has no caption"
-    template, placeholders = entry.get("template"), entry.get("placeholders")
-    if (
-        isinstance(template, str)
-        and isinstance(placeholders, list)
-        and len(SLOT.findall(template)) == len(placeholders)
-    ):
-        fillers = tuple(str(placeholder) for placeholder in placeholders)
-        return ClipFile(str(Path(name).with_suffix("")), file, text, problem, template, fillers)
-    return ClipFile(str(Path(name).with_suffix("")), file, text, problem)
+    return ClipFile(str(Path(name).with_suffix("")), file, text, problem, *filled(entry))

@@ -6,7 +6,6 @@ So the stream can be entered anywhere (exact resume) and cut up among any number
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vdm.data.captions import without_brackets
 from vdm.data.find import find_clips
 from vdm.data.mirror import mirrored
 from vdm.data.phrasing import NUM_FORMS, rephrased
@@ -157,7 +157,7 @@ class ClipDataset(Dataset[Sample]):
         if words.template and kind < config.natural_captions:
             caption = rephrased(words.template, words.placeholders, form=int(form * NUM_FORMS))
         elif words.template and kind < config.natural_captions + config.template_captions:
-            caption = re.sub(r"[\[\]]", "", words.template).lower()
+            caption = without_brackets(words.template).lower()
         mirror, *light = np.random.default_rng([self.seed, position, LOOKS]).random(4)
         if mirror < config.horizontal_flip:
             turned = mirrored(caption, template=words.template, placeholders=words.placeholders)

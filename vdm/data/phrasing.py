@@ -47,7 +47,7 @@ def rephrased(template: str, placeholders: Sequence[str], *, form: int) -> str:
     Raises UserError where placeholders and slots do not match.
     """
     caption(template, placeholders)  # the same check
-    bare = re.sub(r"\[[^\[\]]*\]", lambda slot: slot[0].lower(), template[0].lower() + template[1:])
+    bare = SLOT.sub(lambda slot: slot[0].lower(), template[0].lower() + template[1:])
     sentence = _with_its_subject(bare, form) if bare.startswith("[") else _with_a_person(bare, form)
     fillers = iter(placeholders)
     kinds = iter(SLOT.findall(template))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fsspec
 
-from vdm.data.captions import SLOT
+from vdm.data.captions import filled
 from vdm.data.packed import Packed
 from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, Split, validation_ids
 from vdm.errors import UserError
@@ -96,11 +96,4 @@ def _said(content: bytes, suffix: str) -> Mapping[str, object]:
 def _clip(key: str, video: Packed, said: Mapping[str, object]) -> ClipFile:
     text = next((str(said[name]).strip() for name in ("caption", "label") if said.get(name)), "")
     problem = "" if text else "it has no caption"
-    template, placeholders = said.get("template"), said.get("placeholders")
-    if (
-        isinstance(template, str)
-        and isinstance(placeholders, list)
-        and len(SLOT.findall(template)) == len(placeholders)
-    ):
-        return ClipFile(key, video, text, problem, template, tuple(str(filler) for filler in placeholders))
-    return ClipFile(key, video, text, problem)
+    return ClipFile(key, video, text, problem, *filled(said))

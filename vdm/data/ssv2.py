@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vdm.data.captions import SLOT, caption
+from vdm.data.captions import caption, filled
 from vdm.data.packed import Packed
 from vdm.errors import UserError
 
@@ -145,19 +145,10 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
 def _clip(entry: dict[str, object], files: dict[str, Path], folder: Path, *, captioned: bool) -> ClipFile:
     name = str(entry["id"])
     text, problem = _caption(entry) if captioned else ("", "")
-    template, placeholders = _template(entry) if captioned else ("", ())
+    template, placeholders = filled(entry) if captioned else ("", ())
     if name not in files:
         return ClipFile(name, folder / name, text, "no file", template, placeholders)
     return ClipFile(name, files[name], text, problem, template, placeholders)
-
-
-def _template(entry: dict[str, object]) -> tuple[str, tuple[str, ...]]:
-    """The template of an entry with what fills its slots; nothing where these do not fit each other."""
-    template, placeholders = entry.get("template"), entry.get("placeholders")
-    if not isinstance(template, str) or not isinstance(placeholders, list):
-        return "", ()
-    fillers = tuple(str(placeholder) for placeholder in placeholders)
-    return (template, fillers) if len(SLOT.findall(template)) == len(fillers) else ("", ())
 
 
 def _caption(entry: dict[str, object]) -> tuple[str, str]:

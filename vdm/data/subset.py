@@ -6,11 +6,11 @@ A choice depends on the ids and the seed, not on the order of the annotations or
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+from vdm.data.captions import without_brackets
 from vdm.data.ssv2 import ClipFile
 from vdm.errors import UserError, nearest
 
@@ -30,8 +30,8 @@ def choose(
     brackets. Raises UserError for a template that no clip has, or where no clip is left.
     """
     ranked = sorted(clips, key=lambda clip: _hash(seed, clip.id)) if order == "random" else list(clips)
-    wanted = {_bare(template) for template in templates}
-    there = {_bare(clip.template) for clip in clips}
+    wanted = {without_brackets(template) for template in templates}
+    there = {without_brackets(clip.template) for clip in clips}
     for template in sorted(wanted - there):
         guess = nearest(template, there)
         raise UserError(
@@ -41,7 +41,7 @@ def choose(
     chosen: set[str] = set()
     per_template: Counter[str] = Counter()
     for clip in ranked:
-        template = _bare(clip.template)
+        template = without_brackets(clip.template)
         if num_clips is not None and len(chosen) == num_clips:
             break
         if (wanted and template not in wanted) or clip.id in chosen:
@@ -55,7 +55,3 @@ def choose(
 
 def _hash(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
-
-
-def _bare(template: str) -> str:
-    return re.sub(r"[\[\]]", "", template)

@@ -141,7 +141,7 @@ def _check(link: Link, theirs: Weights, ours: Tensor, source: str, allowed: Allo
     absent = [name for name in link.theirs if name not in theirs]
     # We keep the pieces of a packed tensor as one, and so they are new together.
     pieces = link.theirs if absent else ()
-    for name in (*absent, *pieces):
+    for name in pieces:
         if not matches(name, allowed.missing):
             lacking = f"{source} has no {absent[0]}, which should be {shape}"
             together = f" (kept in one with {', '.join(link.theirs)})" if len(link.theirs) > 1 else ""

@@ -99,7 +99,7 @@ def _file(path: Path) -> Path:
 
 
 def _layers(module: nn.Module, part: str) -> dict[str, tuple[Link, int, nn.Module]]:
-    """ "part layer" -> the link that has its weight, which piece of it that is, and the module it is in."""
+    """From "part layer" to the link that has its weight, which piece of it that is, and the module it is in."""
     if isinstance(module, UNet3D):
         links = unet_links(module.config, "diffusers")
     else:
