@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from benchmarks.common import environment, write_json
 from vdm.cli import Parser, run
+from vdm.data.dataset import ClipDataset
 from vdm.data.find import find_clips, guess_format
-from vdm.data.loader import ClipDataset, batches
+from vdm.data.loader import batches
 from vdm.data.mini_something import render_clip
 from vdm.data.settings import DataConfig
-from vdm.data.video import to_float
+from vdm.data.video import to_video
 from vdm.errors import UserError
 
 FRAMES, FPS, SIZE = 16, 8.0, 256
@@ -111,7 +112,7 @@ def _square(frames: list[Any]) -> torch.Tensor:
     size = (max(SIZE, round(width * scale)), max(SIZE, round(height * scale)))
     left, top = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
     resized = [cv2.resize(frame, size)[top : top + SIZE, left : left + SIZE] for frame in frames]
-    return to_float(np.stack(resized))
+    return to_video(np.stack(resized))
 
 
 def rivals() -> dict[str, Callable[[Path], object]]:

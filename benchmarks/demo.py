@@ -31,10 +31,10 @@ from vdm.components import SHIPPED
 from vdm.config import load
 from vdm.data.captions import caption
 from vdm.data.casting import compose
-from vdm.data.loader import VALIDATION_OFFSET
+from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.settings import DataConfig
-from vdm.data.video import to_float
+from vdm.data.video import to_float, to_video
 from vdm.errors import UserError
 from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, BACKGROUND_MAX_SATURATION, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
@@ -276,7 +276,7 @@ def gauge(pipe: TextToVideo, num_clips: int) -> list[dict[str, Any]]:
     clips, last = list(islice(stream, num_clips)), len(pipe.schedule.betas) - 1
     errors = np.zeros((len(GAUGED_AT), num_clips, 2))  # right, reversed
     for i, clip in enumerate(tqdm(clips, desc="gauging", unit="clip", leave=False)):
-        z = pipe.vae.encode(to_float(clip.frames)[None].to(pipe.device)).mode()
+        z = pipe.vae.encode(to_float(to_video(clip.frames))[None].to(pipe.device)).mode()
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(i)).to(pipe.device)
         context = pipe.text_encoder([clip.label, caption(TEMPLATES[REVERSED[clip.action]], clip.placeholders)])
         for row, level in enumerate(GAUGED_AT):

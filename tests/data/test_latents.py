@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from vdm.data.dataset import ClipDataset
 from vdm.data.latents import LatentDataset
-from vdm.data.loader import ClipDataset, batches
+from vdm.data.loader import batches
 from vdm.data.mini_something import write_ssv2
 from vdm.data.settings import DataConfig
 from vdm.data.transforms import resize_crop
-from vdm.data.video import read_clip, to_float
+from vdm.data.video import read_clip, to_float, to_video
 from vdm.errors import UserError
 
 Split = Literal["train", "validation"]
@@ -58,7 +59,7 @@ def test_a_sample_is_the_encoded_clip() -> None:
         ours, theirs = kept[position], plain[position]
         for key in ("caption", "id", "index", "position", "bad"):
             assert ours[key] == theirs[key]
-        expected = Encoder()(theirs["video"]).half().float()[:, : ours["video"].shape[1]]
+        expected = Encoder()(to_float(theirs["video"])).half().float()[:, : ours["video"].shape[1]]
         assert ours["video"].dtype == torch.float32
         assert torch.equal(ours["video"], expected)
 
@@ -76,7 +77,7 @@ def test_files_are_cut_from_their_middle(tmp_path: Path) -> None:
     for position in range(5):
         sample = kept[position]
         frames = read_clip(tmp_path / VIDEOS / f"{sample['id']}.mp4", fps=8.0, num_frames=4, start=0.5)
-        middle = to_float(resize_crop(frames, height=16, width=16, x=0.5, y=0.5))
+        middle = to_float(to_video(resize_crop(frames, height=16, width=16, x=0.5, y=0.5)))
         assert torch.equal(sample["video"], Encoder()(middle).half().float())
 
 

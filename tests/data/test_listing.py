@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vdm.data.dataset import ClipDataset
 from vdm.data.listing import find_listed
-from vdm.data.loader import ClipDataset
 from vdm.data.mini_something import render_clip
 from vdm.data.settings import DataConfig
 from vdm.data.video import write_video

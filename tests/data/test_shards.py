@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from vdm.data.check import check
-from vdm.data.loader import ClipDataset
+from vdm.data.dataset import ClipDataset
 from vdm.data.mini_something import render_clip
 from vdm.data.settings import DataConfig
 from vdm.data.shards import expand, find_shards
 from vdm.data.ssv2 import ClipFile
-from vdm.data.video import UnreadableClip, read_clip, to_float, write_video
+from vdm.data.video import UnreadableClip, read_clip, to_video, write_video
 from vdm.errors import UserError
 
 Command = Callable[..., Any]
@@ -70,7 +70,7 @@ def test_shards_give_what_the_files_give(places: tuple[Path, Path], pattern: str
     for position in range(18):
         sample, cut = packed[position], packed._cut_at(position)
         frames, words = plain.source.load(where[sample["id"]], cut)
-        assert torch.equal(sample["video"], to_float(frames))
+        assert torch.equal(sample["video"], to_video(frames))
         assert sample["caption"] == words.caption
     held_out = dataset(CONFIG, tars, "validation")
     assert len(held_out) == 2 and held_out[0]["video"].shape == (3, 6, 32, 32)

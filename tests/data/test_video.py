@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from vdm.data import video
 from vdm.data.clips import frame_indices
-from vdm.data.video import UnreadableClip, contact_sheet, read_clip, to_float, to_uint8, write_video
+from vdm.data.video import UnreadableClip, contact_sheet, read_clip, to_float, to_uint8, to_video, write_video
 from vdm.errors import UserError
 
 # id -> extension, width and height as shown, frames that decode (README of the clips)
@@ -381,7 +381,7 @@ def test_folders_that_cannot_be_written(tmp_path):
 
 def test_float_and_back_is_exact_for_every_level():
     frames = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1).repeat(3, axis=3)
-    clip = to_float(frames)
+    clip = to_float(to_video(frames))
     assert clip.shape == (3, 2, 8, 16) and clip.dtype == torch.float32 and clip.is_contiguous()
     assert clip.min() == -1 and clip.max() == 1
     np.testing.assert_array_equal(to_uint8(clip), frames)
@@ -398,7 +398,7 @@ def test_to_uint8_rounds_and_clamps(value):
 def test_to_float_keeps_the_axes():
     frames = np.zeros((2, 3, 4, 3), dtype=np.uint8)
     frames[1, 2, 3, 0] = 255
-    clip = to_float(frames)
+    clip = to_float(to_video(frames))
     assert clip[0, 1, 2, 3] == 1 and (clip == 1).sum() == 1
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vdm.config import Config, load
-from vdm.data.loader import ClipDataset
+from vdm.data.dataset import ClipDataset
 from vdm.pipeline import TextToVideo
 from vdm.training.loop import train
 
@@ -36,7 +36,7 @@ def the_clips(config: Config) -> tuple[list[str], Tensor]:
     clips = ClipDataset(config.data, split="train", seed=config.seed, batch_size=4)
     samples = sorted((clips[position] for position in range(4)), key=lambda sample: sample["index"])
     assert len({sample["index"] for sample in samples}) == 4
-    return [s["caption"] for s in samples], torch.stack([(s["video"].transpose(0, 1) + 1) / 2 for s in samples])
+    return [s["caption"] for s in samples], torch.stack([s["video"].transpose(0, 1) / 255 for s in samples])
 
 
 def test_four_clips_are_recovered_from_noise_by_ddim_50(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from vdm.config import Config, load
 from vdm.data.latents import LatentDataset
 from vdm.data.loader import Batch, batches
-from vdm.data.video import read_clip
+from vdm.data.video import read_clip, to_float
 from vdm.errors import UserError
 from vdm.training.task import (
     NOISE,
@@ -179,7 +179,7 @@ def test_latents_are_drawn_from_the_posterior() -> None:
     task = unet_task()
     batch = batch_of(task, 0)
     with torch.no_grad():
-        posterior = task.parts.vae.encode(batch.video)
+        posterior = task.parts.vae.encode(to_float(batch.video))
         drawn = posterior.sample([clip_generator(0, 0, POSTERIOR)])
         assert torch.equal(task._latents(batch), drawn)
         assert not torch.allclose(drawn, posterior.mode())
@@ -231,20 +231,21 @@ def test_the_colour_term_is_blind_to_grey() -> None:
     """An error that is the same in all three channels costs nothing in it."""
     task = vae_task("training.colour_weight=1000")
     batch = batch_of(task, 0)
-    task.vae.decode = lambda z: batch.video + 0.1  # type: ignore[method-assign]
+    task.vae.decode = lambda z: to_float(batch.video) + 0.1  # type: ignore[method-assign]
     grey = loss(task, batch)
     tint = torch.tensor([0.1, -0.1, 0.0]).reshape(1, 3, 1, 1, 1)
-    task.vae.decode = lambda z: batch.video + tint  # type: ignore[method-assign]
+    task.vae.decode = lambda z: to_float(batch.video) + tint  # type: ignore[method-assign]
     assert grey < 1.0 < loss(task, batch)
 
 
 def test_psnr_is_that_of_the_decoded_mode() -> None:
     task = vae_task()
     batch = batch_of(task, 0, 1)
+    video = to_float(batch.video)
     with torch.no_grad():
-        decoded = task.vae.decode(task.vae.encode(batch.video).mode())
+        decoded = task.vae.decode(task.vae.encode(video).mode())
         value = float(task.losses(batch, training=False)["psnr"])
-    error = (decoded - batch.video).square().mean() / 4  # on pixels in [0,1]
+    error = (decoded - video).square().mean() / 4  # on pixels in [0,1]
     assert value == pytest.approx(float(-10 * torch.log10(error)), rel=1e-5)
 
 
@@ -268,7 +269,7 @@ def test_the_autoencoders_preview_shows_clips_beside_reconstructions(tmp_path: P
     sheet = cv2.imread(str(tmp_path / "contact_sheet.png"))
     assert sheet is not None and sheet.shape[0] > 6 * 16
     shown = torch.from_numpy(read_clip(tmp_path / "00.mp4", fps=8.0, num_frames=4, start=0.0)).permute(3, 0, 1, 2)
-    assert (shown / 127.5 - 1.0 - batch.video[0]).abs().mean() < 0.1, "the first is the clip itself"
+    assert (shown / 127.5 - 1.0 - to_float(batch.video[0])).abs().mean() < 0.1, "the first is the clip itself"
 
 
 # ---- the text tower's task

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from vdm.data.loader import ClipDataset, Sample
+from vdm.data.dataset import ClipDataset, Sample
 from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut
+from vdm.data.video import to_float
 from vdm.errors import UserError
 
 
@@ -40,7 +41,7 @@ class LatentDataset(ClipDataset):
         index = self._clip_at(position)
         if index not in self._kept:
             sample = super().__getitem__(position)
-            self._kept[index] = Sample(**{**sample, "video": self.encode(sample["video"]).half()})
+            self._kept[index] = Sample(**{**sample, "video": self.encode(to_float(sample["video"])).half()})
         kept = self._kept[index]
         num_frames = super()._cut_at(position).num_frames
         return Sample(**{**kept, "video": kept["video"][:, :num_frames].float(), "position": position})

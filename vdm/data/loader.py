@@ -1,200 +1,32 @@
-"""Clips as an endless, numbered stream: sample `position` depends on the seed and on `position`, on nothing else.
+"""Batches of a stream of clips, read by worker processes, each of which may hang or die and cost but the clip it is at.
 
-So the stream can be entered anywhere (exact resume) and cut up among any number of workers.
+Pixels travel through memory that the workers share with the training process, which then need not be copied between
+them, nor be in /dev/shm, of which a container has little.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+import math
+import mmap
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from vdm.data.captions import without_brackets
-from vdm.data.find import find_clips
-from vdm.data.mirror import mirrored
-from vdm.data.phrasing import NUM_FORMS, rephrased
-from vdm.data.quarantine import Bad, first_of, refuse_bad_share
-from vdm.data.settings import DataConfig
-from vdm.data.sources import Cut, FileSource, RenderedSource, Source, Words
-from vdm.data.ssv2 import ClipFile
-from vdm.data.subset import choose
-from vdm.data.transforms import flip, jitter
-from vdm.data.video import Frames, ShortClip, UnreadableClip, to_float
-from vdm.errors import UserError
-
-ORDER, LENGTH, PLACE, LOOKS, WORDING = range(5)  # what a random stream is for; the last word of its seed
-VALIDATION_OFFSET = 1_000_000_000  # first index of mini-something's validation clips, beyond any training set
-MAX_TRIES = 100  # neighbours tried in place of an unreadable clip
-
-
-# --- the stream ---
-
-
-class Sample(TypedDict):
-    """One clip of the stream; `bad` names the clips that this one stands in for."""
-
-    video: Tensor  # float32 (3,T,H,W) in [-1,1]
-    caption: str
-    id: str
-    index: int
-    position: int
-    bad: Bad
-
-
-class ClipDataset(Dataset[Sample]):
-    """The stream of one split, indexed by position.
-
-    Training: epoch `position // N` visits all N clips once in its own random order, each cut at random; all clips of a
-    global batch (`position // batch_size`) have one length. Validation: clip `position`, the longest length, cut from
-    the middle. Files that are known to be unusable are left out and listed in `missing`. Raises UserError where a data
-    set cannot be used.
-    """
-
-    def __init__(
-        self, config: DataConfig, *, split: Literal["train", "validation"], seed: int, batch_size: int
-    ) -> None:
-        self.config = config
-        self.split = split
-        self.seed = seed
-        self.batch_size = batch_size
-        self.missing: Bad = []
-        self.source = self._find()
-        self.num_listed = len(self.source) + len(self.missing)
-        refuse_bad_share(self.missing, num_clips=self.num_listed, limit=config.max_bad_share)
-        if not len(self.source):
-            raise UserError(
-                f"no {split} clip of {config.root} can be used ({first_of(self.missing)}); mend or replace them"
-            )
-        held = config.validation_clips if split == "validation" else len(self.source)
-        self.num_clips = min(held, len(self.source))
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-
-    def _find(self) -> Source:
-        config = self.config
-        if config.format == "mini-something":
-            if config.root is not None:
-                raise UserError(
-                    f"data.root={config.root} is set, but data.format=mini-something reads no files; "
-                    "set data.format to ssv2, folder, jsonl, csv or webdataset, or leave data.root out"
-                )
-            train = self.split == "train"
-            num_clips, first = (config.num_clips or 10000, 0) if train else (config.validation_clips, VALIDATION_OFFSET)
-            if config.templates or config.max_clips_per_template is not None:
-                raise UserError("data.templates and data.max_clips_per_template choose among files; leave them out")
-            return RenderedSource(num_clips, first, self.seed, config.height, config.width, config.fps)
-        clips = self._chosen(find_clips(config, self.split))
-        self.missing = [(clip.id, clip.problem) for clip in clips if clip.problem]
-        usable = [clip for clip in clips if not clip.problem]
-        return FileSource(usable, config.height, config.width, config.fps, config.short_clips)
-
-    def _chosen(self, clips: list[ClipFile]) -> list[ClipFile]:
-        """The subset that the config asks for. Clips that are known to be unusable do not stand in its way, as long as
-        there are enough others: of the full annotations one may have a part of the videos."""
-        config, train = self.config, self.split == "train"
-        if not config.templates and (not train or (config.num_clips, config.max_clips_per_template) == (None, None)):
-            return clips
-        usable = [clip for clip in clips if not clip.problem]
-        chosen = choose(
-            usable,
-            num_clips=config.num_clips if train else None,
-            order=config.subset_order,
-            seed=config.subset_seed,
-            max_per_template=config.max_clips_per_template if train else None,
-            templates=config.templates,
-        )
-        lacking = config.num_clips is not None and len(chosen) < config.num_clips
-        return chosen + [clip for clip in clips if clip.problem] if lacking else chosen
-
-    @property
-    def captions(self) -> list[str]:
-        """The caption of every clip, in the order of the indices; mini-something takes a millisecond for each."""
-        return [self.source.caption(index) for index in range(self.num_clips)]
-
-    def __len__(self) -> int:
-        return self.num_clips
-
-    def __getitem__(self, position: int) -> Sample:
-        if position < 0 or (self.split == "validation" and position >= self.num_clips):
-            raise IndexError(f"the {self.split} stream has no position {position}")
-        first, cut = self._clip_at(position), self._cut_at(position)
-        bad: Bad = []
-        for index in range(first, first + min(self.num_clips, MAX_TRIES)):
-            index %= self.num_clips
-            name = self.source.id(index)
-            try:
-                frames, words = self.source.load(index, cut)
-            except UnreadableClip as error:
-                bad.append((name, f"{error.path.name} cannot be read: {error.reason}"))
-                continue
-            except ShortClip:
-                continue
-            frames, caption = self._dressed(frames, words, position)
-            return Sample(video=to_float(frames), caption=caption, id=name, index=index, position=position, bad=bad)
-        if not bad:
-            raise UserError(
-                f"{min(self.num_clips, MAX_TRIES)} clips of {self.config.root} in a row are too short for "
-                f"{cut.num_frames} frames at {self.config.fps:g} fps; set data.short_clips to hold or loop"
-            )
-        raise UserError(
-            f"none of {len(bad)} clips of {self.config.root} can be read ({first_of(bad)}); mend or replace them"
-        )
-
-    def _dressed(self, frames: Frames, words: Words, position: int) -> tuple[Frames, str]:
-        """A training clip in other words, mirrored, in other light, as the config says and its position draws."""
-        config = self.config
-        if self.split == "validation":
-            return frames, words.caption
-        kind, form = np.random.default_rng([self.seed, position, WORDING]).random(2)
-        caption = words.caption
-        if words.template and kind < config.natural_captions:
-            caption = rephrased(words.template, words.placeholders, form=int(form * NUM_FORMS))
-        elif words.template and kind < config.natural_captions + config.template_captions:
-            caption = without_brackets(words.template).lower()
-        mirror, *light = np.random.default_rng([self.seed, position, LOOKS]).random(4)
-        if mirror < config.horizontal_flip:
-            turned = mirrored(caption, template=words.template, placeholders=words.placeholders)
-            frames, caption = (frames, caption) if turned is None else (flip(frames), turned)
-        if config.color_jitter:
-            factors = (float(1 + config.color_jitter * (2 * draw - 1)) for draw in light)
-            frames = jitter(frames, **dict(zip(("brightness", "contrast", "saturation"), factors, strict=True)))
-        return frames, caption
-
-    def _clip_at(self, position: int) -> int:
-        if self.split == "validation":
-            return position
-        epoch, place = divmod(position, self.num_clips)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.num_clips)
-        return int(self._order[place])
-
-    def _cut_at(self, position: int) -> Cut:
-        if self.split == "validation":
-            return Cut(self.config.max_frames)
-        lengths = np.random.default_rng([self.seed, position // self.batch_size, LENGTH])
-        num_frames = int(lengths.integers(self.config.min_frames, self.config.max_frames + 1))
-        if self.config.crop == "centre":
-            return Cut(num_frames)
-        start, x, y = np.random.default_rng([self.seed, position, PLACE]).random(3)
-        return Cut(num_frames, float(start), float(x), float(y))
-
-
-# --- batches ---
+from vdm.data.dataset import ClipDataset, Sample
+from vdm.data.pool import Lost, Pool, Slow
+from vdm.data.quarantine import Bad
 
 
 @dataclass(frozen=True)
 class Batch:
     """Clips of one length, side by side."""
 
-    video: Tensor  # float32 (B,3,T,H,W) in [-1,1]
+    video: Tensor  # uint8 (B,3,T,H,W), or what a latent cache holds
     captions: list[str]
     ids: list[str]
     indices: list[int]
@@ -205,37 +37,6 @@ class Batch:
         return replace(self, video=self.video.pin_memory())
 
 
-class _Carried(Dataset[Sample | UserError]):
-    """A dataset whose UserErrors travel as values: raised in a worker, they would arrive wrapped in a traceback."""
-
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, position: int) -> Sample | UserError:
-        try:
-            return self.dataset[position]
-        except UserError as error:
-            return UserError(str(error))
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Positions of consecutive batches; `stop` None never ends. The last batch may be smaller."""
-
-    batch_size: int
-    first_batch: int
-    num_batches: int | None
-    stop: int | None
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in itertools.islice(itertools.count(self.first_batch), self.num_batches):
-            first = number * self.batch_size
-            last = first + self.batch_size if self.stop is None else min(first + self.batch_size, self.stop)
-            if first >= last:
-                return
-            yield list(range(first, last))
-
-
 def batches(
     dataset: ClipDataset,
     *,
@@ -244,69 +45,165 @@ def batches(
     num_batches: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches start_batch, start_batch + 1, ... of the stream: without end for training, one pass for validation.
 
     Entering at batch k gives what skipping k batches gives, with any number of workers. A training batch must not
-    straddle two global ones: `batch_size` divides the dataset's. Raises UserError where a worker dies, or gives nothing
-    for `data.worker_timeout` seconds.
+    straddle two global ones: `batch_size` divides the dataset's. With workers, a clip whose decoder takes more than
+    `data.decode_timeout` seconds is given up, as is one that a worker twice dies of; without, nothing can end a decoder
+    that hangs. Raises UserError where no clip can be used.
     """
     training = dataset.split == "train"
     assert not training or dataset.batch_size % batch_size == 0, "a batch must lie inside one global batch"
-    loader = DataLoader(
-        _Carried(dataset),
-        batch_sampler=_Positions(batch_size, start_batch, num_batches, None if training else len(dataset)),
-        num_workers=num_workers,
-        generator=torch.Generator(),  # else the loader draws its workers' seed from the global generator
-        collate_fn=_collate,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        persistent_workers=num_workers > 0,
-        timeout=dataset.config.worker_timeout if num_workers else 0.0,
-    )
+    spans = _spans(batch_size, start_batch, num_batches, None if training else len(dataset))
+    if num_workers:
+        lists = _Reader(dataset, num_workers=num_workers, window=2 * (batch_size + num_workers)).read(spans)
+    else:
+        lists = ([dataset[position] for position in span] for span in spans)
+    pins = pin_memory and torch.cuda.is_available()
     try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        told = _of_workers(error, dataset.config)
-        if told is None:
-            raise
-        raise told from error
+        for samples in lists:
+            batch = _collate(samples)
+            yield batch.pin_memory() if pins else batch
     finally:
-        del loader  # ends the workers now; left to the garbage collector, each would be waited for in vain
+        lists.close()  # ends the workers now, not when the garbage is collected
 
 
-def _of_workers(error: RuntimeError, config: DataConfig) -> UserError | None:
-    """What torch's data loader says of its workers, in one sentence; None where it speaks of something else."""
-    check = "vdm data check finds the clip, if it is one"
-    if "exited unexpectedly" in str(error):
-        return UserError(
-            f"a data worker died ({str(error).splitlines()[0]}), killed for want of memory or by a decoder; lower "
-            f"data.dataloader_num_workers={config.dataloader_num_workers}, or {check}"
-        )
-    if "timed out" in str(error):
-        waited = f"no data worker gave a batch for data.worker_timeout={config.worker_timeout:g} seconds"
-        return UserError(f"{waited}; raise it for a slow disk, and {check}")
-    return None
+def _spans(batch_size: int, first_batch: int, num_batches: int | None, stop: int | None) -> Iterator[range]:
+    """The positions of consecutive batches; `stop` None never ends. The last batch may be smaller."""
+    for number in itertools.islice(itertools.count(first_batch), num_batches):
+        first = number * batch_size
+        last = first + batch_size if stop is None else min(first + batch_size, stop)
+        if first >= last:
+            return
+        yield range(first, last)
 
 
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # the workers are the parallelism
-
-
-def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-        good.append(sample)
+def _collate(samples: list[Sample]) -> Batch:
     return Batch(
-        video=torch.stack([sample["video"] for sample in good]),
-        captions=[sample["caption"] for sample in good],
-        ids=[sample["id"] for sample in good],
-        indices=[sample["index"] for sample in good],
-        positions=[sample["position"] for sample in good],
-        bad=[pair for sample in good for pair in sample["bad"]],
+        video=_stacked([sample["video"] for sample in samples]),
+        captions=[sample["caption"] for sample in samples],
+        ids=[sample["id"] for sample in samples],
+        indices=[sample["index"] for sample in samples],
+        positions=[sample["position"] for sample in samples],
+        bad=[pair for sample in samples for pair in sample["bad"]],
     )
+
+
+def _stacked(videos: list[Tensor]) -> Tensor:
+    """Tensors (...) as one (B, ...) in the order of memory that they have, so that nothing is transposed."""
+    order = sorted(range(videos[0].ndim), key=videos[0].stride, reverse=True)
+    back = [1 + order.index(dim) for dim in range(len(order))]
+    return torch.stack([video.permute(order) for video in videos]).permute(0, *back)
+
+
+# --- workers ---
+
+Place = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # dtype, shape and strides of a tensor in a slot
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker is asked: the clip to try at a position, and where to leave it."""
+
+    position: int
+    index: int
+    slot: int
+
+
+@dataclass
+class _Search:
+    """For the sample of a position: which clips are still to be tried, and which were in vain."""
+
+    slot: int
+    candidates: deque[int]
+    bad: Bad = field(default_factory=list)
+    deaths: int = 0  # of workers, of the clip that is being tried
+
+
+class _Slots:
+    """Memory for samples that processes share which are forked from this one."""
+
+    def __init__(self, count: int, num_bytes: int) -> None:
+        self._size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, count * self._size)  # anonymous: not in /dev/shm
+        self.free = deque(range(count))
+
+    def put(self, slot: int, tensor: Tensor) -> Place:
+        """Copy a dense tensor there; returns what `get` wants to know."""
+        place: Place = tensor.dtype, tuple(tensor.shape), tensor.stride()
+        self.get(slot, *place).copy_(tensor)
+        return place
+
+    def get(self, slot: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=math.prod(shape), offset=slot * self._size)
+        return flat.as_strided(shape, stride)
+
+
+class _Reader:
+    """Samples in the order of their positions from workers that take the clips as they come."""
+
+    def __init__(self, dataset: ClipDataset, *, num_workers: int, window: int) -> None:
+        self.dataset = dataset
+        self.slots = _Slots(window, dataset.sample_bytes)  # before the workers are forked, which share it
+        self.searches: dict[int, _Search] = {}
+        self.done: dict[int, Sample] = {}
+        self.pool: Pool[_Task, Any] = Pool(
+            self._answer, num_workers=num_workers, time_limit=dataset.config.decode_timeout
+        )
+
+    def read(self, spans: Iterable[range]) -> Generator[list[Sample], None, None]:
+        """The samples of each span; those of one are valid until the next is asked for."""
+        spans, ahead = itertools.tee(spans)
+        coming = itertools.chain.from_iterable(ahead)
+        try:
+            for span in spans:
+                while True:
+                    while self.slots.free and (position := next(coming, None)) is not None:
+                        candidates = deque(self.dataset.candidates(position))
+                        self.searches[position] = _Search(self.slots.free.popleft(), candidates)
+                        self._try_next(position)
+                    if all(position in self.done for position in span):
+                        break
+                    self._receive()
+                yield [self.done.pop(position) for position in span]
+                self.slots.free.extend(self.searches.pop(position).slot for position in span)
+        finally:
+            self.pool.close()
+
+    def _answer(self, task: _Task) -> tuple[Sample, Place] | Bad:
+        """In a worker: the sample, its pixels in the task's slot; or why there is none."""
+        found = self.dataset.attempt(task.position, task.index)
+        if isinstance(found, list):
+            return found
+        place = self.slots.put(task.slot, found["video"])
+        found["video"] = torch.empty(0)
+        return found, place
+
+    def _try_next(self, position: int) -> None:
+        search, given_up = self.searches[position], self.dataset.given_up
+        while search.candidates and search.candidates[0] in given_up:
+            index = search.candidates.popleft()
+            search.bad.append((self.dataset.source.id(index), given_up[index]))
+        if not search.candidates:
+            raise self.dataset.exhausted(position, search.bad)
+        self.pool.submit(_Task(position, search.candidates[0], search.slot))
+
+    def _receive(self) -> None:
+        task, result = self.pool.result()
+        search = self.searches[task.position]
+        if isinstance(result, Lost):
+            search.deaths += 1
+            if isinstance(result, Slow) or search.deaths > 1:  # the first may be for want of memory
+                self.dataset.given_up[task.index] = str(result)
+                search.deaths = 0
+            self._try_next(task.position)
+        elif isinstance(result, list):
+            search.bad += result
+            search.candidates.popleft()
+            search.deaths = 0
+            self._try_next(task.position)
+        else:
+            sample, place = result
+            sample["video"], sample["bad"] = self.slots.get(task.slot, *place), search.bad
+            self.done[task.position] = sample

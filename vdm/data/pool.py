@@ -1,97 +1,151 @@
-"""A function of each of many files, in several processes that may hang or die on one of them."""
+"""A function of many things, in processes that may hang or die on one of them."""
 
 from __future__ import annotations
 
 import multiprocessing
-import time
+import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import cv2
+import torch
+
+from vdm.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Lost(Exception):
-    """What became of a worker: it died, or was killed for taking too long."""
+    """What became of a worker."""
+
+
+class Slow(Lost):
+    """It took too long and was ended; other workers have died by themselves."""
+
+
+class Pool(Generic[Item, Result]):
+    """Processes that answer items with `function(item)`; each has up to `ahead` of them waiting in its queue.
+
+    A worker that takes more than `time_limit` seconds for an item (0 is for ever) is Slow, one that dies is Lost, and a
+    new one takes its place. Items and results must be picklable, the function need not be: workers are forked. What it
+    raises is raised by `result`. Raises UserError on a system that cannot fork.
+    """
+
+    def __init__(
+        self, function: Callable[[Item], Result], *, num_workers: int, time_limit: float, ahead: int = 1
+    ) -> None:
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError("this system cannot fork worker processes; set data.dataloader_num_workers=0")
+        self._function, self._time_limit, self._ahead = function, time_limit, ahead
+        self._workers = [_Worker(function, time_limit) for _ in range(num_workers)]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether some worker's queue is not full."""
+        return any(len(worker.queue) < self._ahead for worker in self._workers)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was submitted is answered."""
+        return not any(worker.queue for worker in self._workers)
+
+    def submit(self, item: Item) -> None:
+        """Give an item to the worker with the fewest."""
+        min(self._workers, key=lambda worker: len(worker.queue)).give(item)
+
+    def result(self) -> tuple[Item, Result | Lost]:
+        """The next item that is done, and its result; waits for it."""
+        while True:
+            busy = {worker.pipe: number for number, worker in enumerate(self._workers) if worker.queue}
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                number = busy[pipe]
+                worker = self._workers[number]
+                item = worker.queue.popleft()
+                try:
+                    good, value = pipe.recv()
+                except (EOFError, ConnectionError):
+                    lost = worker.ended(self._time_limit)
+                    self._workers[number] = _Worker(self._function, self._time_limit)
+                    for left in worker.queue:
+                        self._workers[number].give(left)
+                    return item, lost
+                if not good:
+                    raise value
+                return item, value
+
+    def close(self) -> None:
+        """End all workers, now; none outlives this."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
 
 
 def run_each(
     function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int, time_limit: float
 ) -> Iterator[tuple[int, Result | Lost]]:
-    """(index, function(item)) of every item, as they are done; a Lost in place of a result that never came.
-
-    `function` must be importable, and return or raise nothing that cannot be pickled; what it raises is raised here. A
-    worker that takes more than `time_limit` seconds for an item is killed, and the others go on.
-    """
-    waiting = list(reversed(range(len(items))))
-    workers = [_Worker(function) for _ in range(max(1, min(num_workers, len(items))))]
+    """(index, function(item)) of every item, as they are done; a Lost in place of a result that never came."""
+    left = iter(range(len(items)))
+    pool: Pool[int, Result] = Pool(
+        lambda index: function(items[index]), num_workers=max(1, min(num_workers, len(items))), time_limit=time_limit
+    )
     try:
-        while waiting or any(worker.index is not None for worker in workers):
-            for worker in workers:
-                if worker.index is None and waiting:
-                    worker.start(waiting.pop(), items)
-            for number, worker in enumerate(workers):
-                if worker.index is None:
-                    continue
-                done = worker.result(time_limit)
-                if done is not None:
-                    yield worker.index, done
-                    if isinstance(done, Lost):
-                        workers[number] = _Worker(function)
-                    else:
-                        worker.index = None
-            busy = [worker.pipe for worker in workers if worker.index is not None]
-            wait(busy, timeout=0.1)
+        while True:
+            while pool.has_room and (index := next(left, None)) is not None:
+                pool.submit(index)
+            if pool.is_idle:
+                return
+            yield pool.result()
     finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.join()
+        pool.close()
 
 
 class _Worker:
-    """A process that waits for items, and what it is at."""
+    """A process, the pipe to it, and the items that it was given and has not answered, in order."""
 
-    def __init__(self, function: Callable[[Any], Any]):
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=_serve, args=(function, theirs), daemon=True)
+    def __init__(self, function: Callable[[Any], Any], time_limit: float) -> None:
+        self.queue: deque[Any] = deque()
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(function, theirs, time_limit), daemon=True)
         self.process.start()
         theirs.close()
-        self.index: int | None = None
-        self.since = 0.0
 
-    def start(self, index: int, items: Sequence[Any]) -> None:
-        self.index, self.since = index, time.monotonic()
+    def give(self, item: Any) -> None:
+        self.queue.append(item)
         with suppress(OSError):  # where it has died already, `result` will find it
-            self.pipe.send(items[index])
+            self.pipe.send(item)
 
-    def result(self, time_limit: float) -> Any:
-        """What it answered; a Lost if it never will; None as long as that is open."""
-        try:
-            if self.pipe.poll():
-                good, value = self.pipe.recv()
-                if good:
-                    return value
-                raise value
-        except (EOFError, ConnectionError):
-            self.process.join(5)
-            return Lost(f"its decoder died (exit code {self.process.exitcode})")
-        if time.monotonic() - self.since < time_limit:
-            return None
-        self.process.kill()
-        return Lost(f"its decoder took more than {time_limit:g} seconds and was killed")
+    def ended(self, time_limit: float) -> Lost:
+        """Why it stopped answering."""
+        self.process.join(5)
+        code = self.process.exitcode
+        self.pipe.close()
+        if code == -signal.SIGALRM:
+            return Slow(f"its decoder took more than {time_limit:g} seconds and was killed")
+        return Lost(f"its decoder died (exit code {code})")
 
 
-def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
-    while True:
-        try:
+def _serve(function: Callable[[Any], Any], pipe: Connection, time_limit: float) -> None:
+    """Answer items until the pipe closes. An alarm that nobody handles ends the process, whatever C code it is in."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that has started us ends us
+    cv2.setNumThreads(0)  # the workers are the parallelism
+    torch.set_num_threads(1)
+    with suppress(EOFError, ConnectionError):
+        while True:
             item = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            pipe.send((True, function(item)))
-        except KeyboardInterrupt:
-            return
-        except Exception as error:
-            pipe.send((False, error))
+            signal.setitimer(signal.ITIMER_REAL, time_limit)
+            try:
+                answer = True, function(item)
+            except Exception as error:
+                answer = False, error
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            pipe.send(answer)

@@ -35,7 +35,7 @@ class DataConfig:
     natural_captions: float = 0.0  # share of captions in natural words, articles and all, where a clip has a template
     template_captions: float = 0.0  # share of captions that are the bare template ("pushing something ...")
     dataloader_num_workers: int = 0
-    worker_timeout: float = 600.0  # seconds that a batch of the workers may take before the run stops; 0 is for ever
+    decode_timeout: float = 120.0  # seconds that a worker may take for a clip before it is given up; 0 is for ever
     pin_memory: bool = False
     max_bad_share: float = 0.05  # the run refuses a data set with more unreadable clips than this
     cache_latents: bool = False
@@ -59,8 +59,8 @@ class DataConfig:
             raise UserError(f"data.max_frames={self.max_frames} is below data.min_frames={self.min_frames}; raise it")
         if not (self.fps > 0 and math.isfinite(self.fps)):
             raise UserError(f"data.fps must be above 0, got {self.fps}")
-        if not 0 <= self.worker_timeout < math.inf:
-            raise UserError(f"data.worker_timeout must be at least 0 seconds, got {self.worker_timeout}")
+        if not 0 <= self.decode_timeout < math.inf:
+            raise UserError(f"data.decode_timeout must be at least 0 seconds, got {self.decode_timeout}")
         if self.dataloader_num_workers < 0:
             raise UserError(f"data.dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
         if not 0 <= self.max_bad_share <= 1:

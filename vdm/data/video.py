@@ -287,9 +287,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 # --- uint8 <-> float ---
 
 
-def to_float(frames: Frames) -> Tensor:
-    """uint8 (T,H,W,3) -> float32 (3,T,H,W) in [-1,1]."""
-    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)
+def to_video(frames: Frames) -> Tensor:
+    """uint8 (T,H,W,3) as a video uint8 (3,T,H,W) of the same memory."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)
+
+
+def to_float(video: Tensor) -> Tensor:
+    """uint8 (...,3,T,H,W) -> float32 (...,3,T,H,W) in [-1,1], contiguous."""
     return video.contiguous().float().div_(127.5).sub_(1.0)
 
 

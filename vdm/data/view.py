@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from vdm.data.dataset import ClipDataset, Sample
 from vdm.data.find import guess_format
-from vdm.data.loader import ClipDataset, Sample
 from vdm.data.settings import DataConfig
-from vdm.data.video import Frames, to_uint8, write_video
+from vdm.data.video import Frames, write_video
 from vdm.errors import UserError
 
 STRIP_HEIGHT = 64  # pixels of the frames beneath a clip
@@ -55,7 +55,7 @@ def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -
 
 
 def _figure(sample: Sample, fps: float, file: Path) -> str:
-    frames = to_uint8(sample["video"])
+    frames = sample["video"].permute(1, 2, 3, 0).numpy()
     write_video(file, frames, fps=fps)
     video = base64.b64encode(file.read_bytes()).decode()
     length, height, width = frames.shape[:3]

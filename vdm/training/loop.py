@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,15 @@ class Trainer:
             self.bad.note(batch.bad)
             yield batch
 
+    def _held_out(self, batch_size: int) -> Generator[Batch, None, None]:
+        data = self.config.data
+        return batches(
+            self.held_out,
+            batch_size=batch_size,
+            num_workers=data.dataloader_num_workers,
+            pin_memory=data.pin_memory,
+        )
+
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the mean of each loss, the learning rate and the gradient's norm."""
         settings = self.settings
@@ -179,15 +189,15 @@ class Trainer:
                 values = self.validate()
                 log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
             if previews:
-                first = next(batches(self.held_out, batch_size=min(8, len(self.held_out))))
-                self.task.preview(self.run_dir / "samples" / f"step-{self.step:06d}", first)
+                with closing(self._held_out(batch_size=min(8, len(self.held_out)))) as stream:
+                    self.task.preview(self.run_dir / "samples" / f"step-{self.step:06d}", next(stream))
         return values
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean losses over the validation clips, with draws that are the same at every call."""
         totals: dict[str, float] = {}
-        for batch in batches(self.held_out, batch_size=self.settings.batch_size):
+        for batch in self._held_out(self.settings.batch_size):
             self.bad_held_out.note(batch.bad)
             for name, value in self._losses(batch, training=False).items():
                 share = len(batch.ids) / len(self.held_out)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from vdm.components import build_components, build_text_encoder, build_vae
 from vdm.config import Config
+from vdm.data.dataset import ClipDataset
 from vdm.data.latents import LatentDataset
-from vdm.data.loader import Batch, ClipDataset
-from vdm.data.video import contact_sheet, to_uint8, write_video
+from vdm.data.loader import Batch
+from vdm.data.video import contact_sheet, to_float, to_uint8, write_video
 from vdm.diffusion import ddpm_loss
 from vdm.errors import UserError
 from vdm.models.vae import LatentDistribution, VideoVAE
@@ -82,15 +83,19 @@ class LatentTask(Task):
         plain = super().dataset(split)
         if not self.config.data.cache_latents:
             return plain
-        encode = lambda clip: self._moments(clip[None])[0].cpu()  # noqa: E731
+        encode = lambda clip: self._moments(clip[None].to(self.device))[0].cpu()  # noqa: E731
         return LatentDataset(plain.config, split=split, seed=plain.seed, batch_size=plain.batch_size, encode=encode)
 
     @torch.no_grad()
     def _moments(self, video: Tensor) -> Tensor:
-        return self.vae.encode(video.to(self.device)).moments
+        return self.vae.encode(video).moments
 
     def _posterior(self, batch: Batch) -> LatentDistribution:
-        moments = batch.video.to(self.device) if self.config.data.cache_latents else self._moments(batch.video)
+        moments = (
+            batch.video.to(self.device)
+            if self.config.data.cache_latents
+            else self._moments(_pixels(batch, self.device))
+        )
         return LatentDistribution(moments, self.vae.config.scaling_factor)
 
     def _latents(self, batch: Batch) -> Tensor:
@@ -198,7 +203,7 @@ class VAETask(Task):
 
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
         """In validation the mean latent is decoded; in training a draw from the posterior."""
-        video = batch.video.to(self.device)
+        video = _pixels(batch, self.device)
         posterior = self.vae.encode(video)
         generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
         decoded = self.vae.decode(posterior.sample(generators) if training else posterior.mode())
@@ -221,11 +226,16 @@ class VAETask(Task):
     @torch.no_grad()
     def preview(self, folder: Path, batch: Batch) -> None:
         """Every validation clip above its reconstruction."""
-        video = batch.video.to(self.device)
+        video = _pixels(batch, self.device)
         decoded = self.vae.decode(self.vae.encode(video).mode())
         pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
         names = [name for caption in batch.captions for name in (caption, "reconstructed")]
         _write_preview(folder, pairs, names, self.config.data.fps)
+
+
+def _pixels(batch: Batch, device: torch.device) -> Tensor:
+    """The clips of a batch, float32 (B,3,T,H,W) in [-1,1]; as bytes they travel to a GPU in a quarter of the time."""
+    return to_float(batch.video.to(device, non_blocking=True))
 
 
 def warn_of_random_parts(config: Config) -> None:
