@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from vdm.components import SHIPPED
-from vdm.data.video import contact_sheet, to_uint8, write_video
+from vdm.data.sheet import contact_sheet
+from vdm.data.video import to_uint8, write_video
 from vdm.errors import UserError
 from vdm.pipeline import TextToVideo
 

@@ -22,7 +22,7 @@ from vdm.data.mini_something import render_clip, write_ssv2
 from vdm.data.quarantine import BadClips
 from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut
-from vdm.data.transforms import resize_crop
+from vdm.data.transforms import Crop
 from vdm.data.video import read_clip, to_video, write_video
 from vdm.errors import UserError
 
@@ -125,8 +125,8 @@ def test_files_are_cut_where_the_draw_says(written):
     for position in range(5):
         cut, sample = clips._cut_at(position), clips[position]
         path = next(written.glob(f"*/{sample['id']}.mp4"))
-        frames = read_clip(path, fps=8, num_frames=3, start=cut.start)
-        expected = resize_crop(frames, height=16, width=10, x=cut.x, y=cut.y)
+        crop = Crop(height=16, width=10, x=cut.x, y=cut.y)
+        expected = read_clip(path, fps=8, num_frames=3, start=cut.start, crop=crop)
         assert torch.equal(sample["video"], to_video(expected))
 
 
@@ -542,7 +542,7 @@ def test_the_middle_of_a_clip_where_the_crop_is_to_be_in_the_centre(written):
     clips = dataset(config)
     for position in (0, 5):
         clip = clips.source.clips[clips._clip_at(position)]
-        middle = resize_crop(read_clip(clip.path, fps=8, num_frames=4), height=16, width=16)
+        middle = read_clip(clip.path, fps=8, num_frames=4, crop=Crop(height=16, width=16))
         assert torch.equal(clips[position]["video"], to_video(middle))
 
 

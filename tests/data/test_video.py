@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from vdm.data import video
 from vdm.data.clips import frame_indices
-from vdm.data.video import UnreadableClip, contact_sheet, read_clip, to_float, to_uint8, to_video, write_video
+from vdm.data.sheet import contact_sheet
+from vdm.data.video import UnreadableClip, read_clip, to_float, to_uint8, to_video, write_video
 from vdm.errors import UserError
 
 # id -> extension, width and height as shown, frames that decode (README of the clips)
@@ -91,6 +92,12 @@ def encode(
         container.mux(stream.encode(None))
 
 
+def listed(path: Path) -> tuple[list[av.Packet] | None, np.ndarray]:
+    """The packets of a file, and the times that the container gives them."""
+    with video._opened(path) as opened:
+        return video._demuxed(*opened)
+
+
 # --- reading ---
 
 
@@ -156,11 +163,10 @@ def test_rotation_of_real_clips_is_that_of_another_decoder(clips_dir, name):
 def test_real_clips_have_the_frames_that_their_readme_counts(clips_dir, name):
     extension, width, height, count = REAL_CLIPS[name]
     path = clips_dir / f"{name}{extension}"
-    kept, times = video._decode(path, keep=[0])
+    kept, times = video._decode(path, np.array([0]))
     assert kept[0].shape == (height, width, 3)
-    assert len(video._decode(path, keep=())[1]) == count
-    listed = len(video._demuxed_times(path))
-    assert listed == (50 if name == "broken/corrupted_tail" else count)
+    assert len(video._decode(path, video.ALL)[1]) == count
+    assert len(listed(path)[1]) == (50 if name == "broken/corrupted_tail" else count)
 
 
 @pytest.mark.parametrize("name", [name for name in REAL_CLIPS if name != "broken/corrupted_tail"])
@@ -172,9 +178,9 @@ def test_real_clips_give_the_frames_due_at_each_moment(clips_dir, name):
         stamps = [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
     assert len(stamps) == count
     wanted = frame_indices(sorted(stamps), fps=8, num_frames=16, start_fraction=0.3)
-    expected, _ = video._decode(path, keep=set(wanted.tolist()))
+    expected, _ = video._decode(path, wanted)
     clip = read_clip(path, fps=8, num_frames=16, start=0.3)
-    np.testing.assert_array_equal(clip, np.stack([expected[index] for index in wanted.tolist()]))
+    np.testing.assert_array_equal(clip, expected)
 
 
 def test_stamps_that_run_backwards_do_not_shuffle_the_picture(clips_dir):
@@ -292,9 +298,10 @@ def test_the_range_of_levels_is_that_of_the_file(tmp_path, codec, suffix, colour
 
 def test_hidden_frames_that_the_container_lists_shift_nothing(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", grey_steps(20), fps=10)
-    true_times = video._demuxed_times(tmp_path / "clip.mp4")
-    listed = np.sort(np.append(true_times, [0.05, 0.25]))
-    monkeypatch.setattr(video, "_demuxed_times", lambda path: listed)
+    packets, true_times = listed(tmp_path / "clip.mp4")
+    more = np.sort(np.append(true_times, [0.05, 0.25]))
+    demuxed = video._demuxed
+    monkeypatch.setattr(video, "_demuxed", lambda *opened: (demuxed(*opened)[0], more))
     for start, first in ((0, 0), (0.5, 7), (1, 14)):
         clip = read_clip(tmp_path / "clip.mp4", fps=10, num_frames=6, start=start)
         assert numbers(clip) == list(range(first, first + 6))
@@ -348,7 +355,7 @@ def test_the_same_frames_give_the_same_bytes_and_nothing_else_is_left(tmp_path):
 def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
-    encoded, to_yuv = [], video._to_yuv
+    encoded, to_yuv = [], video.to_yuv
 
     def fail_at_the_third(pixels):
         encoded.append(pixels)
@@ -356,7 +363,7 @@ def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         return to_yuv(pixels)
 
-    monkeypatch.setattr(video, "_to_yuv", fail_at_the_third)
+    monkeypatch.setattr(video, "to_yuv", fail_at_the_third)
     with pytest.raises(RuntimeError, match="power cut"):
         write_video(path, moving_picture(), fps=8)
     assert os.listdir(tmp_path) == ["clip.mp4"] and path.read_bytes() == b"old"

@@ -21,8 +21,8 @@ from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut, FileSource, RenderedSource, Source, Words
 from vdm.data.ssv2 import ClipFile
 from vdm.data.subset import choose
-from vdm.data.transforms import flip, jitter
-from vdm.data.video import Frames, ShortClip, UnreadableClip, to_video
+from vdm.data.transforms import Frames, flip, jitter
+from vdm.data.video import ShortClip, UnreadableClip, to_video
 from vdm.errors import UserError
 
 ORDER, LENGTH, PLACE, LOOKS, WORDING = range(5)  # what a random stream is for; the last word of its seed

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.ssv2 import ClipFile
-from vdm.data.transforms import resize_crop
-from vdm.data.video import Frames, ShortPolicy, read_clip
+from vdm.data.transforms import Crop, Frames
+from vdm.data.video import ShortPolicy, read_clip
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,11 @@ class FileSource:
 
     def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
         clip = self.clips[index]
-        frames = read_clip(clip.path, fps=self.fps, num_frames=cut.num_frames, start=cut.start, short=self.short)
-        cropped = resize_crop(frames, height=self.height, width=self.width, x=cut.x, y=cut.y)
-        return cropped, Words(clip.caption, clip.template, clip.placeholders)
+        crop = Crop(self.height, self.width, cut.x, cut.y)
+        frames = read_clip(
+            clip.path, fps=self.fps, num_frames=cut.num_frames, start=cut.start, short=self.short, crop=crop
+        )
+        return frames, Words(clip.caption, clip.template, clip.placeholders)
 
 
 @dataclass(frozen=True)

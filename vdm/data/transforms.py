@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 Frames = npt.NDArray[np.uint8]  # (T, H, W, 3) RGB
+Picture = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
 
 
-def resize_crop(frames: Frames, *, height: int, width: int, x: float = 0.5, y: float = 0.5) -> Frames:
-    """uint8 (T,H,W,3) -> uint8 (T,height,width,3), contiguous; the aspect ratio is kept, what hangs over is cut off.
+@dataclass(frozen=True)
+class Crop:
+    """The size that is wanted, and which part: `x` and `y` in [0, 1] place it in what hangs over of a picture that was
+    shrunk or enlarged until it covers that size. 0 is left and top, 0.5 the centre."""
 
-    `x` and `y` in [0, 1] place the crop in what hangs over: 0 is left and top, 0.5 the centre. Shrinking averages
-    areas, since sampling points of a large frame would flicker; enlarging interpolates linearly.
-    """
-    old_height, old_width = frames.shape[1:3]
-    scale = max(height / old_height, width / old_width)
-    new_height = max(height, round(old_height * scale))
-    new_width = max(width, round(old_width * scale))
-    top = round((new_height - height) * y)
-    left = round((new_width - width) * x)
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    out = np.empty((len(frames), height, width, 3), dtype=np.uint8)
+    height: int
+    width: int
+    x: float = 0.5
+    y: float = 0.5
+
+    def fit(self, old_width: int, old_height: int) -> tuple[int, int, int, int]:
+        """Width and height that a picture is brought to, its aspect ratio kept, and the crop's top and left in it."""
+        scale = max(self.height / old_height, self.width / old_width)
+        width, height = max(self.width, round(old_width * scale)), max(self.height, round(old_height * scale))
+        return width, height, round((height - self.height) * self.y), round((width - self.width) * self.x)
+
+    @staticmethod
+    def resize(picture: Picture, width: int, height: int) -> Picture:
+        """uint8 (H,W) or (H,W,3). Shrinking averages areas, since sampling points of a large frame would flicker;
+        enlarging interpolates linearly."""
+        old_height, old_width = picture.shape[:2]
+        if (width, height) == (old_width, old_height):
+            return picture
+        shrinks = width * height < old_width * old_height
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        return np.asarray(cv2.resize(picture, (width, height), interpolation=method), dtype=np.uint8)
+
+
+def resize_crop(frames: Frames, crop: Crop) -> Frames:
+    """uint8 (T,H,W,3) -> uint8 (T,height,width,3), contiguous; the aspect ratio is kept, what hangs over is cut off."""
+    width, height, top, left = crop.fit(frames.shape[2], frames.shape[1])
+    out = np.empty((len(frames), crop.height, crop.width, 3), dtype=np.uint8)
     for index, frame in enumerate(frames):
-        if (new_height, new_width) != (old_height, old_width):
-            frame = np.asarray(cv2.resize(frame, (new_width, new_height), interpolation=method), dtype=np.uint8)
-        out[index] = frame[top : top + height, left : left + width]
+        out[index] = crop.resize(frame, width, height)[top : top + crop.height, left : left + crop.width]
     return out
 
 
 def flip(frames: Frames) -> Frames:
     """The mirror image (T,H,W,3), contiguous; `mirror.mirrored` says what becomes of words."""
-    return np.ascontiguousarray(frames[:, :, ::-1])
+    return np.asarray(cv2.flip(_tall(frames), 1), dtype=np.uint8).reshape(frames.shape)
 
 
 def jitter(frames: Frames, *, brightness: float, contrast: float, saturation: float) -> Frames:
@@ -41,12 +60,13 @@ def jitter(frames: Frames, *, brightness: float, contrast: float, saturation: fl
     Contrast is about the clip's own mean, saturation about each pixel's grey. There is no change of hue, for captions
     name colours.
     """
-    mean = float(frames.mean()) * brightness
-    levels = (np.arange(256) * brightness - mean) * contrast + mean
-    table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-    out = np.empty_like(frames)
-    for index, frame in enumerate(frames):
-        lit = cv2.LUT(frame, table)
-        grey = cv2.cvtColor(cv2.cvtColor(lit, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        out[index] = cv2.addWeighted(lit, saturation, grey, 1.0 - saturation, 0.0)
-    return out
+    mean = float(np.mean(cv2.mean(_tall(frames))[:3])) * brightness
+    mixed = saturation * np.eye(3) + (1 - saturation) * np.array([[0.299, 0.587, 0.114]] * 3)
+    offset = np.full((3, 1), mean * (1 - contrast))
+    matrix = np.concatenate([brightness * contrast * mixed, offset], axis=1)
+    return np.asarray(cv2.transform(_tall(frames), matrix), dtype=np.uint8).reshape(frames.shape)
+
+
+def _tall(frames: Frames) -> Picture:
+    """A clip as one picture (T*H,W,3), its frames below each other."""
+    return frames.reshape(-1, *frames.shape[2:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,28 +21,28 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from vdm.data.clips import duration, frame_indices
+from vdm.data.colour import to_rgb, to_yuv
 from vdm.data.packed import File, Packed
+from vdm.data.transforms import Crop, Frames
 from vdm.errors import UserError
 
-Frames = npt.NDArray[np.uint8]  # (T, H, W, 3) RGB
 ShortPolicy = Literal["hold", "loop", "drop"]
 
+Indices = npt.NDArray[np.int64]
+ALL: Indices = np.empty(0, dtype=np.int64)  # to see every frame and keep none
+
 BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
-ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
-# For reading: of colour between its samples a tenth of a level from the above on average, in half the time. libav's
-# default is another ten times as fast, and off by up to 60 levels at the edges of colours, which captions name.
-READING = int(Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
 # Without mbtree: at widths below 128 its look-ahead makes other bytes on each run, of the same frames in one thread.
 X264 = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
+MAX_HELD = 64 << 20  # bytes of a file held at once; more is read twice
 SAME = 0.1  # mean difference of grey levels below which two frames show one picture: what a codec adds to a still
-FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.45)
-LINE_HEIGHT, MARGIN = 18, 5
 
 
 class UnreadableClip(UserError):
@@ -61,30 +61,42 @@ class ShortClip(UserError):
 # --- file -> pixels ---
 
 
-def read_clip(path: File, *, fps: float, num_frames: int, start: float = 0.5, short: ShortPolicy = "hold") -> Frames:
+def read_clip(
+    path: File,
+    *,
+    fps: float,
+    num_frames: int,
+    start: float = 0.5,
+    short: ShortPolicy = "hold",
+    crop: Crop | None = None,
+) -> Frames:
     """uint8 (num_frames,H,W,3): what is shown at `num_frames` moments 1/fps seconds apart (see `clips.frame_indices`).
 
     `start` in [0, 1] places the window in a longer file; a shorter one holds its last frame, loops, or raises ShortClip
-    ("drop"). A file whose end is damaged gives what decodes before the damage. Raises UnreadableClip (a UserError)
-    naming the file when no frame decodes.
+    ("drop"). Frames have the file's own size, or are brought to that of `crop`. A file whose end is damaged gives what
+    decodes before the damage. Raises UnreadableClip (a UserError) naming the file when no frame decodes.
     """
     path = _loaded(path)
-    times = _demuxed_times(path)
-    if len(times) == 0:
-        raise UnreadableClip(path, "it holds no video frame")
-    wanted = _wanted(path, times, fps, num_frames, start, short)
-    frames, seen = _decode(path, keep=set(wanted.tolist()))
+    with _opened(path) as (container, stream):
+        packets, times = _demuxed(container, stream)
+        if len(times) == 0:
+            raise UnreadableClip(path, "it holds no video frame")
+        wanted = _wanted(path, times, fps, num_frames, start, short)
+        if packets is not None:
+            frames, seen = _decoded(path, packets, stream, wanted, crop)
+    if packets is None:
+        frames, seen = _decode(path, wanted, crop)
     if len(seen) <= wanted.max() or not np.array_equal(seen, times[: len(seen)]):
         # The codec shows other frames than the container lists (hidden or damaged ones): believe the codec.
-        times = _decode(path, keep=())[1]
+        times = _decode(path, ALL)[1]
         wanted = _wanted(path, times, fps, num_frames, start, short)
-        frames, _ = _decode(path, keep=set(wanted.tolist()))
-    return np.stack([frames[index] for index in wanted.tolist()])
+        frames, _ = _decode(path, wanted, crop)
+    return frames
 
 
 def _wanted(
     path: File, times: npt.NDArray[np.float64], fps: float, num_frames: int, start: float, short: ShortPolicy
-) -> npt.NDArray[np.int64]:
+) -> Indices:
     """`frame_indices` under a policy for clips that end before the last moment asked for."""
     seconds = (num_frames - 1) / fps
     if short == "drop" and duration(times) < seconds:
@@ -92,45 +104,71 @@ def _wanted(
     return frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start, loop=short == "loop")
 
 
-def _demuxed_times(path: File) -> npt.NDArray[np.float64]:
-    """Seconds (N,) at which the container says that its frames are shown, without decoding any."""
+def _demuxed(container: InputContainer, stream: VideoStream) -> tuple[list[Packet] | None, npt.NDArray[np.float64]]:
+    """The packets of a file, unless they are too much to hold, and the seconds (N,) at which the container says that
+    its frames are shown."""
+    packets: list[Packet] | None = []
     stamps: list[int | None] = []
+    held = 0
+    try:
+        for packet in container.demux(stream):
+            held += packet.size
+            if packets is not None:
+                packets.append(packet)
+            if held > MAX_HELD:
+                packets = None
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
+    except av.FFmpegError:
+        pass  # a damaged end: the packets before it stand
+    return packets, _display_times(stamps, stream)
+
+
+def _decode(path: File, wanted: Indices, crop: Crop | None = None) -> tuple[Frames, npt.NDArray[np.float64]]:
+    """`_decoded` of a whole file."""
     with _opened(path) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    stamps.append(packet.pts)
-        except av.FFmpegError:
-            pass  # a damaged end: the packets before it stand
-        return _display_times(stamps, stream)
+        return _decoded(path, container.demux(stream), stream, wanted, crop)
 
 
-def _decode(path: File, *, keep: Collection[int]) -> tuple[dict[int, Frames], npt.NDArray[np.float64]]:
-    """One decoding pass: the frames of `keep` by their place in display order, and the seconds (N,) of all frames seen.
+def _decoded(
+    path: File, packets: Iterable[Packet], stream: VideoStream, wanted: Indices, crop: Crop | None
+) -> tuple[Frames, npt.NDArray[np.float64]]:
+    """One decoding pass: the frames `wanted` (N,), by their place in display order, and the seconds of all frames seen.
 
-    Frames leave the decoder in display order whatever their stamps say. An empty `keep` sees every frame and holds
-    none, else the pass ends with the last frame kept; it also ends where the file is damaged. Raises UnreadableClip
-    when it sees no frame.
+    Frames leave the decoder in display order whatever their stamps say. The pass ends with the last frame wanted, or
+    sees all where none is; it also ends where the file is damaged, and what was wanted beyond is undefined. Raises
+    UnreadableClip when it sees no frame.
     """
-    last = max(keep, default=None)
-    kept: dict[int, Frames] = {}
+    last = wanted.max(initial=-1)
+    pictures = np.empty((0, 0, 0, 3), dtype=np.uint8)
     stamps: list[int | None] = []
-    size: tuple[int, int] | None = None  # of the first frame; a stream may change its size on the way
+    size = 0, 0  # of the first frame; a stream may change its size on the way
     reason = "no frame of it decodes"
-    with _opened(path) as (container, stream):
-        try:
-            for frame in container.decode(stream):
-                size = size or (frame.width, frame.height)
-                if len(stamps) in keep:
-                    kept[len(stamps)] = _to_rgb(frame, *size)
-                stamps.append(frame.pts)
-                if last is not None and len(stamps) > last:
-                    break
-        except av.FFmpegError as error:
-            reason = _reason(error)
-        if not stamps:
-            raise UnreadableClip(path, reason)
-        return kept, _display_times(stamps, stream)
+    try:
+        for frame in _frames(packets):
+            if not stamps:
+                size = frame.width, frame.height
+            places = np.flatnonzero(wanted == len(stamps))
+            if len(places):
+                picture = to_rgb(frame, crop, size=size)
+                if not pictures.size:
+                    pictures = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
+                pictures[places] = picture
+            stamps.append(frame.pts)
+            if len(stamps) > last >= 0:
+                break
+    except av.FFmpegError as error:
+        reason = _reason(error)
+    if not stamps:
+        raise UnreadableClip(path, reason)
+    return pictures, _display_times(stamps, stream)
+
+
+def _frames(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+    for packet in packets:
+        for frame in packet.decode():
+            assert isinstance(frame, VideoFrame)
+            yield frame
 
 
 @dataclass(frozen=True)
@@ -206,18 +244,6 @@ def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> npt.NDA
     return np.sort(np.array(known, dtype=np.float64)) * float(stream.time_base)
 
 
-def _to_rgb(frame: VideoFrame, width: int, height: int) -> Frames:
-    """uint8 (height,width,3), then turned as its metadata asks."""
-    rgb = frame.to_ndarray(
-        width=width,
-        height=height,
-        format="rgb24",
-        interpolation=READING,
-        threads=1,
-    )
-    return np.rot90(np.asarray(rgb, dtype=np.uint8), k=round(frame.rotation / 90) % 4)  # both count counterclockwise
-
-
 def _reason(error: BaseException) -> str:
     """libav's own short sentence, without error numbers and function names."""
     text = getattr(error, "strerror", None) or str(error)
@@ -236,7 +262,7 @@ def write_video(path: str | Path, frames: Frames, *, fps: float) -> None:
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3, "uint8 (T,H,W,3)"
     if len(frames) == 0:
         raise UserError(f"cannot write {path}: a video needs at least one frame")
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         _encode(temporary, frames, fps=fps)
 
 
@@ -252,23 +278,12 @@ def _encode(path: Path, frames: Frames, *, fps: float) -> None:
         context.color_primaries = context.color_trc = context.colorspace = BT709
         context.color_range = ColorRange.MPEG
         for pixels in even:
-            mp4.mux(stream.encode(_to_yuv(pixels)))
+            mp4.mux(stream.encode(to_yuv(pixels)))
         mp4.mux(stream.encode(None))
 
 
-def _to_yuv(pixels: Frames) -> VideoFrame:
-    """uint8 (H,W,3) to yuv420p as BT.709 of limited range, which is what players assume."""
-    return VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
-        format="yuv420p",
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
-        interpolation=ACCURATE,
-        threads=1,
-    )
-
-
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: moved over it on success, removed on failure. Folders are made as needed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -301,47 +316,3 @@ def to_uint8(video: Tensor) -> Frames:
     """float (3,T,H,W) in [-1,1] -> uint8 (T,H,W,3); rounded to the nearest step, what lies outside is clamped."""
     pixels = video.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
     return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy())
-
-
-# --- a picture of many clips ---
-
-
-def contact_sheet(
-    path: str | Path, clips: Sequence[Frames], *, captions: Sequence[str], columns_frames: int = 8
-) -> None:
-    """Write a PNG with one row per clip uint8 (T,H,W,3): frames evenly spaced in time, the caption beneath.
-
-    Rows are padded with white to a common width. Raises UserError when the folder cannot be written.
-    """
-    assert clips and len(clips) == len(captions), "one caption for each clip, at least one clip"
-    strips = [_strip(clip, columns_frames) for clip in clips]
-    width = max(strip.shape[1] for strip in strips)
-    rows: list[Frames] = []
-    for strip, caption in zip(strips, captions, strict=True):
-        rows.append(np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255))
-        rows.append(_text_band(caption, width))
-    done, png = cv2.imencode(".png", cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
-    assert done
-    with _replacing(Path(path)) as temporary:
-        temporary.write_bytes(png.tobytes())
-
-
-def _strip(clip: Frames, columns: int) -> Frames:
-    """uint8 (H, columns*W, 3)."""
-    chosen = np.linspace(0, len(clip) - 1, columns).round().astype(int)
-    return np.concatenate(list(clip[chosen]), axis=1)
-
-
-def _text_band(text: str, width: int) -> Frames:
-    """Black on white uint8 (h,width,3), wrapped at words; OpenCV's fonts draw ASCII only."""
-    lines = [""]
-    for word in text.encode("ascii", "replace").decode().split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and cv2.getTextSize(longer, *FONT, 1)[0][0] > width - 2 * MARGIN:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    band = np.full((LINE_HEIGHT * len(lines) + MARGIN, width, 3), 255, dtype=np.uint8)
-    for number, line in enumerate(lines, start=1):
-        cv2.putText(band, line, (MARGIN, LINE_HEIGHT * number - MARGIN), *FONT, (0, 0, 0), 1, cv2.LINE_AA)
-    return band

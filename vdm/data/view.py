@@ -15,7 +15,8 @@ from tqdm import tqdm
 from vdm.data.dataset import ClipDataset, Sample
 from vdm.data.find import guess_format
 from vdm.data.settings import DataConfig
-from vdm.data.video import Frames, write_video
+from vdm.data.transforms import Frames
+from vdm.data.video import write_video
 from vdm.errors import UserError
 
 STRIP_HEIGHT = 64  # pixels of the frames beneath a clip

@@ -22,7 +22,8 @@ from vdm.config import Config
 from vdm.data.dataset import ClipDataset
 from vdm.data.latents import LatentDataset
 from vdm.data.loader import Batch
-from vdm.data.video import contact_sheet, to_float, to_uint8, write_video
+from vdm.data.sheet import contact_sheet
+from vdm.data.video import to_float, to_uint8, write_video
 from vdm.diffusion import ddpm_loss
 from vdm.errors import UserError
 from vdm.models.vae import LatentDistribution, VideoVAE
