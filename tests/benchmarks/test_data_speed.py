@@ -13,6 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import data
+from vdm.data.transforms import Crop
+from vdm.data.video import read_clip, to_video
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,8 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_way_gives_a_clip_of_the_same_shape(tmp_path: Path) -> None:
     data.make_clips(tmp_path, 1)
     for name, read in data.rivals().items():
-        clip = read(tmp_path / "0.webm")
+        clip = read(tmp_path / "0.webm", 0.3)
         assert isinstance(clip, torch.Tensor) and clip.shape == (3, 16, 256, 256), name
+        ours = read_clip(tmp_path / "0.webm", fps=8, num_frames=16, start=0.3, crop=Crop(256, 256))
+        assert (clip.float() - to_video(ours).float()).abs().mean() < 12, f"{name} reads another part of the clip"
 
 
 @pytest.mark.slow
