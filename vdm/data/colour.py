@@ -24,18 +24,22 @@ ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolatio
 READING = int(Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
 
 
-def to_rgb(frame: VideoFrame, crop: Crop | None, *, size: tuple[int, int]) -> Frames:
+def to_rgb(frame: VideoFrame, crop: Crop | None, *, size: tuple[int, int], out: Frames | None = None) -> Frames:
     """uint8 (H,W,3), turned as the frame's metadata asks; cropped, or else as large as `size` (width, height) says,
-    before it is turned."""
+    before it is turned. It is `out` where that is given, of the final size."""
     turns = round(frame.rotation / 90) % 4  # both count counterclockwise
     if crop is not None and not turns and frame.format.name in ("yuv420p", "yuvj420p") and frame.colorspace in LIGHT:
-        return _cropped(frame, crop)
+        return _cropped(frame, crop, out)
     rgb = frame.to_ndarray(width=size[0], height=size[1], format="rgb24", interpolation=READING, threads=1)
     picture = np.rot90(np.asarray(rgb, dtype=np.uint8), k=turns)
-    return picture if crop is None else resize_crop(picture[None], crop)[0]
+    picture = picture if crop is None else resize_crop(picture[None], crop)[0]
+    if out is None:
+        return picture
+    out[...] = picture
+    return out
 
 
-def _cropped(frame: VideoFrame, crop: Crop) -> Frames:
+def _cropped(frame: VideoFrame, crop: Crop, out: Frames | None) -> Frames:
     """Light and colour brought to the final size each by itself. A sample of colour lies amid the four of light that
     it is for, and a row or column of odd length ends with half of one."""
     width, height, top, left = crop.fit(frame.width, frame.height)
@@ -46,7 +50,7 @@ def _cropped(frame: VideoFrame, crop: Crop) -> Frames:
         resized = crop.resize(samples, round(width * covered[0]), round(height * covered[1]))
         planes.append(resized[top : top + crop.height, left : left + crop.width])
     full = frame.color_range == ColorRange.JPEG or frame.format.name == "yuvj420p"
-    return np.asarray(cv2.transform(cv2.merge(planes), _matrix(frame.colorspace, full)), dtype=np.uint8)
+    return np.asarray(cv2.transform(cv2.merge(planes), _matrix(frame.colorspace, full), dst=out), dtype=np.uint8)
 
 
 @cache

@@ -147,7 +147,7 @@ class ClipDataset(Dataset[Sample]):
             return [(name, f"{error.path.name} cannot be read: {error.reason}")]
         except ShortClip:
             return []
-        frames, caption = self._dressed(frames, words, position)
+        caption = self._dress(frames, words, position)
         return Sample(video=to_video(frames), caption=caption, id=name, index=index, position=position, bad=[])
 
     def exhausted(self, position: int, bad: Bad) -> UserError:
@@ -160,11 +160,12 @@ class ClipDataset(Dataset[Sample]):
             f"{self.config.fps:g} fps; set data.short_clips to hold or loop"
         )
 
-    def _dressed(self, frames: Frames, words: Words, position: int) -> tuple[Frames, str]:
-        """A training clip in other words, mirrored, in other light, as the config says and its position draws."""
+    def _dress(self, frames: Frames, words: Words, position: int) -> str:
+        """Mirror a training clip and change its light, as the config says and its position draws; returns its caption,
+        mirrored with it, in other words."""
         config = self.config
         if self.split == "validation":
-            return frames, words.caption
+            return words.caption
         kind, form = np.random.default_rng([self.seed, position, WORDING]).random(2)
         caption = words.caption
         if words.template and kind < config.natural_captions:
@@ -174,11 +175,13 @@ class ClipDataset(Dataset[Sample]):
         mirror, *light = np.random.default_rng([self.seed, position, LOOKS]).random(4)
         if mirror < config.horizontal_flip:
             turned = mirrored(caption, template=words.template, placeholders=words.placeholders)
-            frames, caption = (frames, caption) if turned is None else (flip(frames), turned)
+            if turned is not None:
+                flip(frames)
+                caption = turned
         if config.color_jitter:
             factors = (float(1 + config.color_jitter * (2 * draw - 1)) for draw in light)
-            frames = jitter(frames, **dict(zip(("brightness", "contrast", "saturation"), factors, strict=True)))
-        return frames, caption
+            jitter(frames, **dict(zip(("brightness", "contrast", "saturation"), factors, strict=True)))
+        return caption
 
     def _clip_at(self, position: int) -> int:
         if self.split == "validation":

@@ -49,24 +49,21 @@ def resize_crop(frames: Frames, crop: Crop) -> Frames:
     return out
 
 
-def flip(frames: Frames) -> Frames:
-    """The mirror image (T,H,W,3), contiguous; `mirror.mirrored` says what becomes of words."""
-    return np.asarray(cv2.flip(_tall(frames), 1), dtype=np.uint8).reshape(frames.shape)
+def flip(frames: Frames) -> None:
+    """Make a clip (T,H,W,3) its mirror image, in place; `mirror.mirrored` says what becomes of words."""
+    for frame in frames:
+        frame[...] = cv2.flip(frame, 1)
 
 
-def jitter(frames: Frames, *, brightness: float, contrast: float, saturation: float) -> Frames:
-    """Other light: each a factor, 1 for no change, and the same for all frames of a clip (T,H,W,3).
+def jitter(frames: Frames, *, brightness: float, contrast: float, saturation: float) -> None:
+    """Give a clip (T,H,W,3) other light, in place: each a factor, 1 for no change, the same for all frames.
 
     Contrast is about the clip's own mean, saturation about each pixel's grey. There is no change of hue, for captions
     name colours.
     """
-    mean = float(np.mean(cv2.mean(_tall(frames))[:3])) * brightness
+    mean = float(np.mean(cv2.mean(frames.reshape(-1, *frames.shape[2:]))[:3])) * brightness
     mixed = saturation * np.eye(3) + (1 - saturation) * np.array([[0.299, 0.587, 0.114]] * 3)
     offset = np.full((3, 1), mean * (1 - contrast))
     matrix = np.concatenate([brightness * contrast * mixed, offset], axis=1)
-    return np.asarray(cv2.transform(_tall(frames), matrix), dtype=np.uint8).reshape(frames.shape)
-
-
-def _tall(frames: Frames) -> Picture:
-    """A clip as one picture (T*H,W,3), its frames below each other."""
-    return frames.reshape(-1, *frames.shape[2:])
+    for frame in frames:
+        frame[...] = cv2.transform(frame, matrix)

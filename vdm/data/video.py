@@ -140,7 +140,7 @@ def _decoded(
     UnreadableClip when it sees no frame.
     """
     last = wanted.max(initial=-1)
-    pictures = np.empty((0, 0, 0, 3), dtype=np.uint8)
+    pictures = np.empty((len(wanted), crop.height, crop.width, 3) if crop else (0, 0, 0, 3), dtype=np.uint8)
     stamps: list[int | None] = []
     size = 0, 0  # of the first frame; a stream may change its size on the way
     reason = "no frame of it decodes"
@@ -150,10 +150,11 @@ def _decoded(
                 size = frame.width, frame.height
             places = np.flatnonzero(wanted == len(stamps))
             if len(places):
-                picture = to_rgb(frame, crop, size=size)
+                picture = to_rgb(frame, crop, size=size, out=pictures[places[0]] if pictures.size else None)
                 if not pictures.size:
                     pictures = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
-                pictures[places] = picture
+                    pictures[places[0]] = picture
+                pictures[places[1:]] = picture
             stamps.append(frame.pts)
             if len(stamps) > last >= 0:
                 break
