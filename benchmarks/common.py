@@ -17,16 +17,6 @@ import vdm
 from vdm.errors import UserError
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None is a GPU where there is one. Raises `UserError` where it cannot be used."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
-
-
 def environment(device: torch.device) -> dict[str, object]:
     """Device, versions, commit (None without git; with a + where files differ), command and date, as JSON values."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import environment, pick_device, wilson, write_json
+from benchmarks.common import environment, wilson, write_json
 from vdm.checkpoint import CONFIG, MANIFEST, verify
 from vdm.cli import Parser, run
 from vdm.components import SHIPPED
@@ -36,6 +36,7 @@ from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.settings import DataConfig
 from vdm.data.video import to_float, to_video
 from vdm.errors import UserError
+from vdm.generate import pick_device
 from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, BACKGROUND_MAX_SATURATION, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
 
@@ -322,7 +323,6 @@ def _parser() -> Parser:
 
 
 def demo_command(arguments: Sequence[str]) -> None:
-    """`benchmarks/demo.py`"""
     options = _parser().parse_args(arguments)
     for name, least in (("clips_per_action", 1), ("gauge", 16), ("seed", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:

@@ -256,7 +256,7 @@ class RunLock:
     Clears away what a killed process left half-written there. Raises UserError if another process holds the lock.
     """
 
-    def __init__(self, run_dir: str | Path):
+    def __init__(self, run_dir: str | Path, *, what: str = "run folder", remedy: str = "choose another run_dir"):
         self.run_dir = Path(run_dir)
         self._handle: int | None = None
         try:
@@ -265,13 +265,10 @@ class RunLock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._close()
-            raise UserError(
-                f"run folder {run_dir} is in use by another process; wait for it to end or choose another run_dir"
-            ) from None
+            raise UserError(f"{what} {run_dir} is in use by another process; wait for it to end or {remedy}") from None
         except OSError as error:
             self._close()
-            problem = f"run folder {run_dir} cannot be written: {error.strerror}"
-            raise UserError(f"{problem}; choose another run_dir") from error
+            raise UserError(f"{what} {run_dir} cannot be written: {error.strerror}; {remedy}") from error
         # A data worker is a fork that may outlive a killed trainer, and must not keep its lock.
         os.register_at_fork(after_in_child=self._close)
         self._clear_leftovers()

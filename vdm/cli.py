@@ -119,7 +119,7 @@ def _sample_parser() -> Parser:
 
 
 LATER = ("evaluate", "report")
-COMMANDS = "the commands of vdm: data synth|check|view, convert (training is train.py, sampling is sample.py)"
+COMMANDS = "the commands of vdm: data synth|check|view|cache, convert (training is train.py, sampling is sample.py)"
 
 
 def vdm_command(arguments: Sequence[str]) -> None:
@@ -166,10 +166,9 @@ def _convert_command(arguments: Sequence[str]) -> None:
 
 def _data_command(arguments: Sequence[str]) -> None:
     action = arguments[0] if arguments else None
-    if action == "cache":
-        raise UserError("vdm data cache is not there yet")
-    if action in ("check", "view"):
-        return (_check_command if action == "check" else _view_command)(arguments[1:])
+    others = {"check": _check_command, "view": _view_command, "cache": _cache_command}
+    if action in others:
+        return others[action](arguments[1:])
     if action not in ("synth", "-h", "--help"):
         raise UserError(f"vdm data needs a command, such as: vdm data synth OUT --num_clips 100; got {action!r}")
     parser = Parser(prog="vdm data synth", description="Write mini-something as a folder in SSv2 layout.")
@@ -241,6 +240,26 @@ def _view_command(arguments: Sequence[str]) -> None:
     data = with_root(config.data, options.root)
     count = write_page(data, options.output, num_clips=options.num_clips, seed=config.seed)
     print(f"wrote {count} clips to {options.output}; open it in a browser")
+
+
+def _cache_command(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        prog="vdm data cache", description="Encode every clip and caption of a run once; started again, it goes on."
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/a100.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.flag("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the numbers kept (default fp16)")
+    parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
+    options = parser.parse_intermixed_args(arguments)
+
+    from vdm.config import load
+    from vdm.generate import DTYPES, pick_device
+    from vdm.precompute import write_cache
+
+    config = load(options.config, options.overrides)
+    folder = Path(config.data.cache_dir or f"cache/{config.name}")
+    write_cache(config, folder, dtype=DTYPES[options.dtype], device=pick_device(options.device))
+    print(f"wrote {folder}; train from it with data.cache_dir={folder}")
 
 
 def main() -> int:

@@ -41,17 +41,26 @@ def without_sources(config: Config) -> Config:
     return replace(config, vae=replace(config.vae, vae_weights=None), text=replace(config.text, text_weights=None))
 
 
+def with_sources(config: Config, path: Path) -> Config:
+    """The config for a model whose frozen parts come from the checkpoint `path`."""
+    vae, text = replace(config.vae, vae_weights=str(path)), replace(config.text, text_weights=str(path))
+    return replace(config, vae=vae, text=text)
+
+
 def build_components(config: Config) -> Components:
     """Build all parts of `config`, on the CPU: random weights from `config.seed`, then those that `config` names.
 
     Raises `UserError` where named weights are missing or of another shape.
     """
-    vae = build_vae(config)
+    unet, vae, text_encoder = build_unet(config), build_vae(config), build_text_encoder(config)
+    return Components(unet, vae, text_encoder, NoiseSchedule(config.diffusion))
+
+
+def build_unet(config: Config) -> UNet3D:
+    """The UNet alone: random weights from `config.seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        unet, text_encoder = UNet3D(config.model), TextEncoder(config.text)
-    _start_text(text_encoder)
-    return Components(unet, vae, text_encoder, NoiseSchedule(config.diffusion))
+        return UNet3D(config.model)
 
 
 def build_text_encoder(config: Config) -> TextEncoder:

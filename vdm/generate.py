@@ -80,7 +80,7 @@ def generate(request: Request) -> list[Path]:
     if request.lora_path is not None:
         count = pipe.load_lora(request.lora_path, scale=request.lora_scale)
         print(f"merged a LoRA of {count} layers from {request.lora_path}")
-    pipe.to(_device(request.device), DTYPES[request.dtype])
+    pipe.to(pick_device(request.device), DTYPES[request.dtype])
     jobs = [prompt for prompt in request.prompts for _ in range(request.num_videos_per_prompt)]
     return _write_all(pipe, request, jobs)
 
@@ -143,7 +143,7 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "clip"
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -69,9 +69,9 @@ def test_shards_give_what_the_files_give(places: tuple[Path, Path], pattern: str
     where = {plain.source.id(i): i for i in range(18)}
     for position in range(18):
         sample, cut = packed[position], packed._cut_at(position)
-        frames, words = plain.source.load(where[sample["id"]], cut)
-        assert torch.equal(sample["video"], to_video(frames))
-        assert sample["caption"] == words.caption
+        loaded = plain.source.load(where[sample["id"]], cut)
+        assert torch.equal(sample["video"], to_video(loaded.frames))
+        assert sample["caption"] == loaded.words.caption
     held_out = dataset(CONFIG, tars, "validation")
     assert len(held_out) == 2 and held_out[0]["video"].shape == (3, 6, 32, 32)
 

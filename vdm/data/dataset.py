@@ -25,7 +25,7 @@ from vdm.data.transforms import Frames, flip, jitter
 from vdm.data.video import ShortClip, UnreadableClip, to_video
 from vdm.errors import UserError
 
-ORDER, LENGTH, PLACE, LOOKS, WORDING = range(5)  # what a random stream is for; the last word of its seed
+ORDER, LENGTH, PLACE, MIRROR, WORDING, LIGHT = range(6)  # what a random stream is for; the last word of its seed
 VALIDATION_OFFSET = 1_000_000_000  # first index of mini-something's validation clips, beyond any training set
 MAX_TRIES = 100  # neighbours tried in place of an unreadable clip
 
@@ -87,7 +87,7 @@ class ClipDataset(Dataset[Sample]):
         clips = self._chosen(find_clips(config, self.split))
         self.missing = [(clip.id, clip.problem) for clip in clips if clip.problem]
         usable = [clip for clip in clips if not clip.problem]
-        return FileSource(usable, config.height, config.width, config.fps, config.short_clips)
+        return FileSource(usable, config.height, config.width, config.fps, config.max_frames, config.short_clips)
 
     def _chosen(self, clips: list[ClipFile]) -> list[ClipFile]:
         """The subset that the config asks for. Clips that are known to be unusable do not stand in its way, as long as
@@ -142,13 +142,17 @@ class ClipDataset(Dataset[Sample]):
         """Clip `index` as the sample of a position; where it cannot be, why not, or nothing if it is merely short."""
         name = self.source.id(index)
         try:
-            frames, words = self.source.load(index, self._cut_at(position))
+            loaded = self.source.load(index, self._cut_at(position))
         except UnreadableClip as error:
             return [(name, f"{error.path.name} cannot be read: {error.reason}")]
         except ShortClip:
             return []
-        caption = self._dress(frames, words, position)
-        return Sample(video=to_video(frames), caption=caption, id=name, index=index, position=position, bad=[])
+        caption, mirrors = self._said(loaded.words, position)
+        if mirrors:
+            flip(loaded.frames)
+        self.light(loaded.frames, np.random.default_rng([self.seed, position, LIGHT]))
+        video = to_video(loaded.frames)
+        return Sample(video=video, caption=caption, id=name, index=index, position=position, bad=[])
 
     def exhausted(self, position: int, bad: Bad) -> UserError:
         """What to say when no candidate of a position can be used."""
@@ -160,28 +164,40 @@ class ClipDataset(Dataset[Sample]):
             f"{self.config.fps:g} fps; set data.short_clips to hold or loop"
         )
 
-    def _dress(self, frames: Frames, words: Words, position: int) -> str:
-        """Mirror a training clip and change its light, as the config says and its position draws; returns its caption,
-        mirrored with it, in other words."""
+    def _said(self, words: Words, position: int) -> tuple[str, bool]:
+        """What is said of a clip at a position, in other words as the config says, and whether the clip is mirrored."""
         config = self.config
         if self.split == "validation":
-            return words.caption
+            return words.caption, False
         kind, form = np.random.default_rng([self.seed, position, WORDING]).random(2)
         caption = words.caption
         if words.template and kind < config.natural_captions:
             caption = rephrased(words.template, words.placeholders, form=int(form * NUM_FORMS))
         elif words.template and kind < config.natural_captions + config.template_captions:
             caption = without_brackets(words.template).lower()
-        mirror, *light = np.random.default_rng([self.seed, position, LOOKS]).random(4)
-        if mirror < config.horizontal_flip:
-            turned = mirrored(caption, template=words.template, placeholders=words.placeholders)
-            if turned is not None:
-                flip(frames)
-                caption = turned
-        if config.color_jitter:
-            factors = (float(1 + config.color_jitter * (2 * draw - 1)) for draw in light)
-            jitter(frames, **dict(zip(("brightness", "contrast", "saturation"), factors, strict=True)))
-        return caption
+        if np.random.default_rng([self.seed, position, MIRROR]).random() >= config.horizontal_flip:
+            return caption, False
+        turned = mirrored(caption, template=words.template, placeholders=words.placeholders)
+        return (caption, False) if turned is None else (turned, True)
+
+    def wordings(self, words: Words) -> tuple[set[str], bool]:
+        """All that can be said of a training clip under this config, and whether it can be of its mirror image."""
+        config, said = self.config, {words.caption}
+        if words.template and config.natural_captions:
+            said |= {rephrased(words.template, words.placeholders, form=form) for form in range(NUM_FORMS)}
+        if words.template and config.template_captions:
+            said.add(without_brackets(words.template).lower())
+        if self.split == "validation" or not config.horizontal_flip:
+            return said, False
+        turned = {mirrored(text, template=words.template, placeholders=words.placeholders) for text in said} - {None}
+        return said | {text for text in turned if text is not None}, bool(turned)
+
+    def light(self, frames: Frames, draw: np.random.Generator) -> None:
+        """Change the light of a training clip in place, as the config says."""
+        strength = self.config.color_jitter
+        if strength and self.split == "train":
+            brightness, contrast, saturation = (1 + strength * (2 * draw.random(3) - 1)).tolist()
+            jitter(frames, brightness=brightness, contrast=contrast, saturation=saturation)
 
     def _clip_at(self, position: int) -> int:
         if self.split == "validation":

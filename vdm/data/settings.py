@@ -38,11 +38,13 @@ class DataConfig:
     decode_timeout: float = 120.0  # seconds that a worker may take for a clip before it is given up; 0 is for ever
     pin_memory: bool = False
     max_bad_share: float = 0.05  # the run refuses a data set with more unreadable clips than this
-    cache_latents: bool = False
+    cache_latents: bool = False  # every clip is encoded once, and kept in memory
+    cache_dir: str | None = None  # or on disk: what `vdm data cache` wrote there, texts too
+    cache_crops: int = 1  # of each clip that are kept on disk, in time and in the picture
     validation_clips: int = 64  # at most so many clips make the validation loss
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "min_frames", "max_frames", "validation_clips"):
+        for name in ("height", "width", "min_frames", "max_frames", "validation_clips", "cache_crops"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_clips", "max_clips_per_template"):
@@ -55,6 +57,8 @@ class DataConfig:
             raise UserError(
                 "data.natural_captions and data.template_captions are shares of one whole; lower one of them"
             )
+        if self.cache_crops > 1 and self.crop == "centre":
+            raise UserError(f"data.cache_crops={self.cache_crops} crops of data.crop=centre are all one; leave it at 1")
         if self.max_frames < self.min_frames:
             raise UserError(f"data.max_frames={self.max_frames} is below data.min_frames={self.min_frames}; raise it")
         if not (self.fps > 0 and math.isfinite(self.fps)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from vdm.data.clips import duration
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.ssv2 import ClipFile
 from vdm.data.transforms import Crop, Frames
-from vdm.data.video import ShortPolicy, read_clip
+from vdm.data.video import ShortPolicy, Window, read_window
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Words:
     placeholders: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A clip as it was cut, what is said of it, and how long it goes on."""
+
+    frames: Frames  # uint8 (T,height,width,3)
+    words: Words
+    elapsed: float  # seconds from the file's first frame to its last
+    duration: float  # and to the end of that
+
+
 class Source(Protocol):
     """Clips of one size and frame rate, numbered from 0."""
 
@@ -39,8 +50,10 @@ class Source(Protocol):
 
     def caption(self, index: int) -> str: ...
 
-    def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
-        """uint8 (T,height,width,3) and its words; raises UnreadableClip, or ShortClip where short ones are dropped."""
+    def words(self, index: int) -> Words: ...
+
+    def load(self, index: int, cut: Cut) -> Loaded:
+        """A clip; raises UnreadableClip, or ShortClip where short ones are dropped."""
         ...
 
 
@@ -52,6 +65,7 @@ class FileSource:
     height: int
     width: int
     fps: float
+    longest: int
     short: ShortPolicy = "hold"
 
     def __len__(self) -> int:
@@ -63,13 +77,14 @@ class FileSource:
     def caption(self, index: int) -> str:
         return self.clips[index].caption
 
-    def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
+    def words(self, index: int) -> Words:
         clip = self.clips[index]
-        crop = Crop(self.height, self.width, cut.x, cut.y)
-        frames = read_clip(
-            clip.path, fps=self.fps, num_frames=cut.num_frames, start=cut.start, short=self.short, crop=crop
-        )
-        return frames, Words(clip.caption, clip.template, clip.placeholders)
+        return Words(clip.caption, clip.template, clip.placeholders)
+
+    def load(self, index: int, cut: Cut) -> Loaded:
+        window = Window(self.fps, cut.num_frames, cut.start, self.short, self.longest)
+        frames, times = read_window(self.clips[index].path, window, Crop(self.height, self.width, cut.x, cut.y))
+        return Loaded(frames, self.words(index), float(times[-1] - times[0]), duration(times))
 
 
 @dataclass(frozen=True)
@@ -90,12 +105,19 @@ class RenderedSource:
         return str(self.first + index)
 
     def caption(self, index: int) -> str:
-        return self._render(index, height=16, width=16, num_frames=1).label  # it does not depend on the size
+        return self.words(index).caption
 
-    def load(self, index: int, cut: Cut) -> tuple[Frames, Words]:
+    def words(self, index: int) -> Words:
+        return _words(self._render(index, height=16, width=16, num_frames=1))  # they do not depend on the size
+
+    def load(self, index: int, cut: Cut) -> Loaded:
         clip = self._render(index, height=self.height, width=self.width, num_frames=cut.num_frames)
-        return clip.frames, Words(clip.label, clip.template, clip.placeholders)
+        return Loaded(clip.frames, _words(clip), (cut.num_frames - 1) / self.fps, cut.num_frames / self.fps)
 
     def _render(self, index: int, *, height: int, width: int, num_frames: int) -> Rendered:
         index += self.first
         return render_clip(index, seed=self.seed, height=height, width=width, num_frames=num_frames, fps=self.fps)
+
+
+def _words(clip: Rendered) -> Words:
+    return Words(clip.label, clip.template, clip.placeholders)

@@ -36,6 +36,7 @@ from vdm.errors import UserError
 ShortPolicy = Literal["hold", "loop", "drop"]
 
 Indices = npt.NDArray[np.int64]
+Times = npt.NDArray[np.float64]  # seconds, ascending
 ALL: Indices = np.empty(0, dtype=np.int64)  # to see every frame and keep none
 
 BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
@@ -69,6 +70,7 @@ def read_clip(
     start: float = 0.5,
     short: ShortPolicy = "hold",
     crop: Crop | None = None,
+    longest: int | None = None,
 ) -> Frames:
     """uint8 (num_frames,H,W,3): what is shown at `num_frames` moments 1/fps seconds apart (see `clips.frame_indices`).
 
@@ -76,12 +78,44 @@ def read_clip(
     ("drop"). Frames have the file's own size, or are brought to that of `crop`. A file whose end is damaged gives what
     decodes before the damage. Raises UnreadableClip (a UserError) naming the file when no frame decodes.
     """
+    window = Window(fps, num_frames, start, short, longest)
+    return read_window(path, window, crop)[0]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which moments of a file are wanted; the arguments of `read_clip`."""
+
+    fps: float
+    num_frames: int
+    start: float = 0.5
+    short: ShortPolicy = "hold"
+    longest: int | None = None
+
+    def indices(self, path: File, times: Times) -> Indices:
+        """Of the frames (num_frames,) of a file whose frames are shown at `times`. Raises ShortClip."""
+        seconds = (self.num_frames - 1) / self.fps
+        if self.short == "drop" and duration(times) < seconds:
+            asked = f"{self.num_frames} frames at {self.fps:g} fps"
+            raise ShortClip(f"{path} lasts {duration(times):.2f} seconds, and {asked} more")
+        return frame_indices(
+            times,
+            fps=self.fps,
+            num_frames=self.num_frames,
+            start_fraction=self.start,
+            loop=self.short == "loop",
+            longest=self.longest,
+        )
+
+
+def read_window(path: File, window: Window, crop: Crop | None) -> tuple[Frames, Times]:
+    """`read_clip`, and the seconds (N,) at which the frames of the file are shown."""
     path = _loaded(path)
     with _opened(path) as (container, stream):
         packets, times = _demuxed(container, stream)
         if len(times) == 0:
             raise UnreadableClip(path, "it holds no video frame")
-        wanted = _wanted(path, times, fps, num_frames, start, short)
+        wanted = window.indices(path, times)
         if packets is not None:
             frames, seen = _decoded(path, packets, stream, wanted, crop)
     if packets is None:
@@ -89,22 +123,12 @@ def read_clip(
     if len(seen) <= wanted.max() or not np.array_equal(seen, times[: len(seen)]):
         # The codec shows other frames than the container lists (hidden or damaged ones): believe the codec.
         times = _decode(path, ALL)[1]
-        wanted = _wanted(path, times, fps, num_frames, start, short)
+        wanted = window.indices(path, times)
         frames, _ = _decode(path, wanted, crop)
-    return frames
+    return frames, times
 
 
-def _wanted(
-    path: File, times: npt.NDArray[np.float64], fps: float, num_frames: int, start: float, short: ShortPolicy
-) -> Indices:
-    """`frame_indices` under a policy for clips that end before the last moment asked for."""
-    seconds = (num_frames - 1) / fps
-    if short == "drop" and duration(times) < seconds:
-        raise ShortClip(f"{path} lasts {duration(times):.2f} seconds, and {num_frames} frames at {fps:g} fps more")
-    return frame_indices(times, fps=fps, num_frames=num_frames, start_fraction=start, loop=short == "loop")
-
-
-def _demuxed(container: InputContainer, stream: VideoStream) -> tuple[list[Packet] | None, npt.NDArray[np.float64]]:
+def _demuxed(container: InputContainer, stream: VideoStream) -> tuple[list[Packet] | None, Times]:
     """The packets of a file, unless they are too much to hold, and the seconds (N,) at which the container says that
     its frames are shown."""
     packets: list[Packet] | None = []
@@ -124,7 +148,7 @@ def _demuxed(container: InputContainer, stream: VideoStream) -> tuple[list[Packe
     return packets, _display_times(stamps, stream)
 
 
-def _decode(path: File, wanted: Indices, crop: Crop | None = None) -> tuple[Frames, npt.NDArray[np.float64]]:
+def _decode(path: File, wanted: Indices, crop: Crop | None = None) -> tuple[Frames, Times]:
     """`_decoded` of a whole file."""
     with _opened(path) as (container, stream):
         return _decoded(path, container.demux(stream), stream, wanted, crop)
@@ -132,7 +156,7 @@ def _decode(path: File, wanted: Indices, crop: Crop | None = None) -> tuple[Fram
 
 def _decoded(
     path: File, packets: Iterable[Packet], stream: VideoStream, wanted: Indices, crop: Crop | None
-) -> tuple[Frames, npt.NDArray[np.float64]]:
+) -> tuple[Frames, Times]:
     """One decoding pass: the frames `wanted` (N,), by their place in display order, and the seconds of all frames seen.
 
     Frames leave the decoder in display order whatever their stamps say. The pass ends with the last frame wanted, or
@@ -176,7 +200,7 @@ def _frames(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
 class Scan:
     """What one pass over a whole file finds."""
 
-    times: npt.NDArray[np.float64]  # (N,) seconds of the frames that decode, ascending
+    times: Times  # (N,) seconds of the frames that decode, ascending
     width: int  # as shown, after rotation
     height: int
     rotation: int  # degrees, 0 to 270 counterclockwise
@@ -237,7 +261,7 @@ def _loaded(path: File) -> File:
         raise UnreadableClip(path, _reason(error)) from error
 
 
-def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> npt.NDArray[np.float64]:
+def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> Times:
     """Seconds, ascending: sorting undoes the order of storage (B-frames) and stamps that run backwards (some AVI)."""
     known = [stamp for stamp in stamps if stamp is not None]
     if len(known) < len(stamps) or stream.time_base is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdm import checkpoint
-from vdm.components import load_part, save_parts, without_sources
+from vdm.components import load_part, save_parts, with_sources, without_sources
 from vdm.config import Config, load, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
@@ -22,9 +22,9 @@ from vdm.training.ema import EMA
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.runlog import RunLog
+from vdm.training.settings import AUTOCAST
 from vdm.training.task import Task, build_task, warn_of_random_parts
 
-AUTOCAST = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT = 2  # what a step's random stream is for; the last word of its seed
 
 
@@ -40,7 +40,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         start = _start(run_dir, resume)
         if start is None:
             warn_of_random_parts(config)
-        task = build_task(config if start is None else without_sources(config), device)
+        task = build_task(config if start is None else _from_checkpoint(config, start), device)
         trainer = Trainer(config, task, run_dir)
         if start is not None:
             trainer.restore(start)
@@ -66,6 +66,11 @@ def _start(run_dir: Path, resume: str | None) -> Path | None:
     newest = checkpoint.latest(run_dir)
     print(f"resuming from {newest}" if newest else f"no checkpoint in {run_dir} yet: starting afresh")
     return newest
+
+
+def _from_checkpoint(config: Config, start: Path) -> Config:
+    """The config to build a resumed task from: what its parts were first made from is history."""
+    return with_sources(config, start) if config.data.cache_dir is not None else without_sources(config)
 
 
 class Trainer:
@@ -206,10 +211,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs."""
-        weights = {part: module.state_dict() for part, module in self.task.modules.items()}
+        path = self.run_dir / f"checkpoint-{self.step}"
+        weights = {part: module.state_dict() for part, module in self.task.whole().items()}
         weights |= {f"{part}.ema": self.ema.state_dict(part) for part in self.trained}
         checkpoint.save_checkpoint(
-            self.run_dir / f"checkpoint-{self.step}",
+            path,
             config_yaml=to_yaml(self.config),
             weights=weights,
             trainer_state={
@@ -219,6 +225,7 @@ class Trainer:
             },
             info={"step": self.step, "task": self.settings.task},
         )
+        self.task.came_from(path)
         checkpoint.prune(self.run_dir, keep=self.settings.keep_checkpoints)
 
     def restore(self, path: Path) -> None:
@@ -253,5 +260,5 @@ class Trainer:
         """Write the finished model, with the averaged weights, to `final`."""
         final = self.run_dir / "final"
         with self.ema.applied():
-            save_parts(final, self.config, self.task.modules, info={"step": self.step, "task": self.settings.task})
+            save_parts(final, self.config, self.task.whole(), info={"step": self.step, "task": self.settings.task})
         return final

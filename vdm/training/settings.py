@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from vdm.errors import UserError
+
+AUTOCAST = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `mixed_precision`
 
 
 @dataclass(frozen=True)

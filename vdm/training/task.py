@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdm.components import build_components, build_text_encoder, build_vae
+from vdm.components import Components, build_text_encoder, build_unet, build_vae, with_sources
 from vdm.config import Config
 from vdm.data.dataset import ClipDataset
-from vdm.data.latents import LatentDataset
+from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
 from vdm.data.sheet import contact_sheet
 from vdm.data.video import to_float, to_uint8, write_video
-from vdm.diffusion import ddpm_loss
+from vdm.diffusion import NoiseSchedule, ddpm_loss
 from vdm.errors import UserError
-from vdm.models.vae import LatentDistribution, VideoVAE
+from vdm.models.vae import LatentDistribution
 from vdm.models.video_tower import ContrastiveHead
 from vdm.pipeline import TextToVideo
+from vdm.training.cached import open_cache, reads_text
 
 Split = Literal["train", "validation"]
 NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed
@@ -60,11 +61,22 @@ class Task(ABC):
     def trained(self) -> dict[str, nn.Module]:
         """Those of `modules` that learn."""
 
+    def whole(self) -> dict[str, nn.Module]:
+        """All parts of the model, those too that training does without; the latter made for the moment, on the CPU."""
+        return self.modules
+
+    def came_from(self, path: Path) -> None:
+        """Parts that training does without are henceforth made from the checkpoint `path`."""
+        self.config = with_sources(self.config, path)
+
     def dataset(self, split: Split) -> ClipDataset:
         """The stream of clips of a split; a batch is all clips of one optimizer step."""
+        return ClipDataset(self.config.data, **self._stream(split))
+
+    def _stream(self, split: Split) -> dict[str, Any]:
         training = self.config.training
         global_batch = training.batch_size * training.gradient_accumulation_steps
-        return ClipDataset(self.config.data, split=split, seed=self.config.seed, batch_size=global_batch)
+        return {"split": split, "seed": self.config.seed, "batch_size": global_batch}
 
     @abstractmethod
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
@@ -76,28 +88,45 @@ class Task(ABC):
 
 
 class LatentTask(Task):
-    """A task on the latents of captioned clips, which a frozen VAE makes: live, or once where they are to be cached."""
+    """A task on the latents of captioned clips, which a frozen VAE makes: live, or once where they are kept in memory.
 
-    vae: VideoVAE
+    From a cache on disk it reads them, and there is no VAE, nor a frozen text tower, but for previews and checkpoints.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        self.cache = open_cache(config)
+        super().__init__(config, device)
+
+    def whole(self) -> dict[str, nn.Module]:
+        return {**{part: build(self.config) for part, build in self._absent().items()}, **self.modules}
+
+    def _absent(self) -> dict[str, Callable[[Config], nn.Module]]:
+        """What makes the parts of a model that are not in `modules`."""
+        makers: dict[str, Callable[[Config], nn.Module]] = {"vae": build_vae, "text": build_text_encoder}
+        return {part: build for part, build in makers.items() if part not in self.modules}
+
+    def part(self, name: str) -> Any:
+        """A part of the model on the device; one that training does without is made for the moment."""
+        if name in self.modules:
+            return self.modules[name]
+        return self._absent()[name](self.config).to(self.device).eval().requires_grad_(False)
 
     def dataset(self, split: Split) -> ClipDataset:
-        plain = super().dataset(split)
+        if self.cache is not None:
+            return CachedLatents(self.config.data, **self._stream(split), cache=self.cache)
         if not self.config.data.cache_latents:
-            return plain
+            return super().dataset(split)
         encode = lambda clip: self._moments(clip[None].to(self.device))[0].cpu()  # noqa: E731
-        return LatentDataset(plain.config, split=split, seed=plain.seed, batch_size=plain.batch_size, encode=encode)
+        return KeptLatents(self.config.data, **self._stream(split), encode=encode)
 
     @torch.no_grad()
     def _moments(self, video: Tensor) -> Tensor:
-        return self.vae.encode(video).moments
+        return self.part("vae").encode(video).moments
 
     def _posterior(self, batch: Batch) -> LatentDistribution:
-        moments = (
-            batch.video.to(self.device)
-            if self.config.data.cache_latents
-            else self._moments(_pixels(batch, self.device))
-        )
-        return LatentDistribution(moments, self.vae.config.scaling_factor)
+        kept = self.cache is not None or self.config.data.cache_latents
+        moments = batch.video.to(self.device).float() if kept else self._moments(_pixels(batch, self.device))
+        return LatentDistribution(moments, self.config.vae.scaling_factor)
 
     def _latents(self, batch: Batch) -> Tensor:
         generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
@@ -108,20 +137,34 @@ class UNetTask(LatentTask):
     """Denoise the latents of captioned clips, the text tower learning along where it may."""
 
     def build(self) -> dict[str, nn.Module]:
-        self.parts = build_components(self.config)
-        self.parts.schedule.to(self.device)
-        self.vae = self.parts.vae
-        return self.parts.modules()
+        self.schedule = NoiseSchedule(self.config.diffusion).to(self.device)
+        modules: dict[str, nn.Module] = {"unet": build_unet(self.config)}
+        if self.cache is None:
+            modules["vae"] = build_vae(self.config)
+        if self.cache is None or not reads_text(self.config):
+            modules["text"] = build_text_encoder(self.config)
+        return modules
+
+    @property
+    def parts(self) -> Components:
+        """The whole model on the device."""
+        return Components(self.part("unet"), self.part("vae"), self.part("text"), self.schedule)
 
     def trained(self) -> dict[str, nn.Module]:
         names = ("unet", "text") if self.config.text.text_trainable else ("unet",)
         return {name: self.modules[name] for name in names}
 
+    def _contexts(self, captions: Sequence[str]) -> Tensor:
+        if self.cache is not None and "text" not in self.modules:
+            return self.cache.contexts(captions).to(self.device).float()
+        contexts: Tensor = self.modules["text"](captions)
+        return contexts
+
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
         """The diffusion loss; in validation the captions are all kept, and draws come from a stream of their own."""
         x0 = self._latents(batch)
         seed = self.config.seed + (0 if training else 1)
-        num_steps = self.parts.schedule.config.num_train_timesteps
+        num_steps = self.schedule.config.num_train_timesteps
         noise, times, captions = [], [], []
         for position, caption in zip(batch.positions, batch.captions, strict=True):
             draw = clip_generator(seed, position, NOISE)
@@ -129,13 +172,13 @@ class UNetTask(LatentTask):
             dropped = float(torch.rand((), generator=draw)) < self.config.training.caption_dropout
             captions.append("" if training and dropped else caption)
             noise.append(torch.randn(x0.shape[1:], generator=draw))
-        context = self.parts.text_encoder(captions)
+        context = self._contexts(captions)
         loss = ddpm_loss(
-            lambda x, t: self.parts.unet(x, t, context),
+            lambda x, t: self.modules["unet"](x, t, context),
             x0,
             noise=torch.stack(noise).to(self.device),
             t=torch.tensor(times, device=self.device),
-            schedule=self.parts.schedule,
+            schedule=self.schedule,
         )
         return {"loss": loss.mean()}
 
@@ -158,12 +201,12 @@ class TextTask(LatentTask):
     def build(self) -> dict[str, nn.Module]:
         if self.config.training.batch_size < 2:
             raise UserError("training.task=text compares the clips of a batch; set training.batch_size to 2 or more")
-        self.vae = build_vae(self.config)
         self.text_encoder = build_text_encoder(self.config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.head = ContrastiveHead(self.config.vae.latent_channels, self.config.text.text_width)
-        return {"vae": self.vae, "text": self.text_encoder, "contrast": self.head}
+        vae = {"vae": build_vae(self.config)} if self.cache is None else {}
+        return {**vae, "text": self.text_encoder, "contrast": self.head}
 
     def trained(self) -> dict[str, nn.Module]:
         return {"text": self.text_encoder, "contrast": self.head}
@@ -185,7 +228,7 @@ class TextTask(LatentTask):
         latents = self._posterior(batch).mode()
         best = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0]).argmax(dim=1)
         captions = [batch.captions[i] for i in best.tolist()]
-        _write_preview(folder, self.vae.decode(latents), captions, self.config.data.fps)
+        _write_preview(folder, self.part("vae").decode(latents), captions, self.config.data.fps)
 
 
 class VAETask(Task):
@@ -196,6 +239,8 @@ class VAETask(Task):
     """
 
     def build(self) -> dict[str, nn.Module]:
+        if self.config.data.cache_dir is not None:
+            raise UserError("training.task=vae learns from pixels, of which a cache has none; leave data.cache_dir out")
         self.vae = build_vae(self.config)
         return {"vae": self.vae}
 

@@ -1,0 +1,212 @@
+"""`vdm data cache`: every clip and caption of a run encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vdm.checkpoint import RunLock
+from vdm.components import build_text_encoder, build_vae
+from vdm.config import Config
+from vdm.data.cache import Cache, Entry, Plan, Split, look_name
+from vdm.data.dataset import ClipDataset
+from vdm.data.latents import Looks, read_looks
+from vdm.data.pool import Lost, run_each
+from vdm.data.quarantine import BadClips
+from vdm.data.transforms import Frames, flip
+from vdm.data.video import to_float, to_video
+from vdm.errors import UserError
+from vdm.models import VideoVAE
+from vdm.text.encoder import TextEncoder
+from vdm.training.cached import cache_key, reads_text
+from vdm.training.settings import AUTOCAST
+from vdm.weights import SUFFIX
+
+SHARD_BYTES, MOST_CLIPS = 128 << 20, 256  # of a shard, at most: what is lost when it is killed
+TEXTS_AT_ONCE = 64
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+def write_cache(config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Make the cache that `config` describes in `folder`, or go on with it. Raises UserError."""
+    if config.training.task == "vae":
+        raise UserError("training.task=vae learns from pixels, of which a cache has none; leave the cache out")
+    vae = build_vae(config).to(device).eval()
+    text = build_text_encoder(config).to(device).eval() if reads_text(config) else None
+    key = cache_key(config, vae, text)
+    with RunLock(folder, what="cache", remedy="choose another data.cache_dir"):
+        Writer(config, folder, vae, text, key, dtype, device).run()
+
+
+class Writer:
+    """A cache that is being made."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        vae: VideoVAE,
+        text: TextEncoder | None,
+        key: Mapping[str, object],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self.vae, self.text, self.key, self.dtype, self.device = config, vae, text, key, dtype, device
+        self.clips = {split: ClipDataset(config.data, split=split, seed=config.seed, batch_size=1) for split in SPLITS}
+        self.bad = {split: BadClips(clips) for split, clips in self.clips.items()}
+        self.texts, ids = self._texts_and_ids()
+        plan = self._plan(ids)
+        self._weigh(folder, plan)
+        self.cache = Cache.start(folder, key, plan)
+
+    # --- before it starts
+
+    def _texts_and_ids(self) -> tuple[list[str], str]:
+        """All that can be said of the clips, and a hash of which they are."""
+        texts, digest = {""}, hashlib.sha256()
+        for split, clips in self.clips.items():
+            for index in range(len(clips)):
+                words = clips.source.words(index)
+                texts |= clips.wordings(words)[0]
+                digest.update(json.dumps([split, clips.source.id(index), words.caption]).encode())
+        return sorted(texts) if self.text is not None else [], digest.hexdigest()
+
+    def _plan(self, ids: str) -> Plan:
+        num_crops, mirrors = self.config.data.cache_crops, 2 if self.config.data.horizontal_flip else 1
+        num_clips = max(1, min(MOST_CLIPS, SHARD_BYTES // (num_crops * mirrors * self._look_bytes)))
+        return Plan(
+            num_clips={split: len(clips) for split, clips in self.clips.items()},
+            num_texts=len(self.texts),
+            per_shard={"train": num_clips, "validation": num_clips, "text": max(1, SHARD_BYTES // self._text_bytes)},
+            missing={split: clips.missing for split, clips in self.clips.items()},
+            ids=ids,
+        )
+
+    @property
+    def _look_bytes(self) -> int:
+        data, vae = self.config.data, self.config.vae
+        height, width = data.height // vae.factor, data.width // vae.factor
+        return 2 * vae.latent_channels * data.max_frames * height * width * self.dtype.itemsize
+
+    @property
+    def _text_bytes(self) -> int:
+        return self.config.text.context_length * self.config.text.text_width * self.dtype.itemsize
+
+    def _weigh(self, folder: Path, plan: Plan) -> None:
+        """Say how much of the disk it takes. Raises UserError where that is more than there is."""
+        looks = self.config.data.cache_crops * (2 if self.config.data.horizontal_flip else 1)
+        clips = (plan.num_clips["train"] * looks + plan.num_clips["validation"]) * self._look_bytes
+        texts = plan.num_texts * self._text_bytes
+        there = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))
+        free = shutil.disk_usage(folder).free
+        print(
+            f"cache {folder}: {plan.num_clips['train']} clips in up to {looks} looks, {plan.num_clips['validation']} "
+            f"to validate, {_size(self._look_bytes)} a look, {_size(clips)}; {plan.num_texts} texts, {_size(texts)}; "
+            f"at most {_size(clips + texts)} in all, of which {_size(there)} are there; {_size(free)} are free"
+        )
+        if clips + texts - there > free:
+            raise UserError(f"{folder} has too little room for the cache; free some, or set data.cache_dir elsewhere")
+
+    # --- making it
+
+    def run(self) -> None:
+        """Write the shards that are not there yet."""
+        for split in SPLITS:
+            to_do = self.cache.to_do(split)
+            spans = [self.cache.plan.span(split, number) for number in to_do]
+            total = len(self.clips[split])
+            for number in range(self.cache.plan.num_shards(split)):
+                if number not in to_do:
+                    self._note(split, self.cache.shard_entries(split, number))
+            with tqdm(total=total, initial=total - sum(map(len, spans)), desc=f"{split} clips", unit="clip") as bar:
+                for number in to_do:
+                    self._write_clips(split, number, bar)
+        for number in tqdm(self.cache.to_do("text"), desc="texts", unit="shard", disable=self.text is None):
+            texts = [self.texts[i] for i in self.cache.plan.span("text", number)]
+            contexts = torch.cat(
+                [self._contexts(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+            )
+            with self._on_disk():
+                self.cache.write_texts(number, texts, contexts)
+        self.cache.finish(self.key)
+
+    def _write_clips(self, split: Split, number: int, bar: tqdm[Any]) -> None:
+        span = self.cache.plan.span(split, number)
+        entries: dict[int, Entry] = {}
+        latents: dict[str, Tensor] = {}
+        for index, looks in self._read(split, span):
+            entries[index] = looks.entry
+            mirrors = self.clips[split].wordings(looks.entry.words)[1]
+            for crop, frames in enumerate(looks.frames):
+                latents[look_name(index, crop, False)] = self._moments(frames)
+                if mirrors:
+                    flip(frames)
+                    latents[look_name(index, crop, True)] = self._moments(frames)
+            bar.update()
+        in_order = [entries[index] for index in span]
+        self._note(split, in_order)
+        with self._on_disk():
+            self.cache.write_clips(split, number, in_order, latents)
+
+    def _read(self, split: Split, span: range) -> Iterator[tuple[int, Looks]]:
+        """The clips of a span as they are decoded, by workers where the config has some."""
+        data, clips = self.config.data, self.clips[split]
+        read = partial(read_looks, clips, num_crops=data.cache_crops if split == "train" else 1)
+        if not data.dataloader_num_workers:
+            yield from ((index, read(index)) for index in span)
+            return
+        done = run_each(read, span, num_workers=data.dataloader_num_workers, time_limit=data.decode_timeout)
+        for place, looks in done:
+            index = span[place]
+            if isinstance(looks, Lost):
+                lost = Entry(clips.source.id(index), clips.source.words(index), problem=str(looks))
+                yield index, Looks(lost, [])
+            else:
+                yield index, looks
+
+    def _note(self, split: Split, entries: Sequence[Entry]) -> None:
+        self.bad[split].note([(entry.id, entry.problem) for entry in entries if entry.problem])
+
+    @torch.no_grad()
+    def _moments(self, frames: Frames) -> Tensor:
+        video = to_float(to_video(frames)[None].to(self.device))
+        with self._autocast():
+            return self.vae.encode(video).moments[0].to(self.dtype).cpu()
+
+    @torch.no_grad()
+    def _contexts(self, texts: Sequence[str]) -> Tensor:
+        assert self.text is not None, "else there are no texts"
+        with self._autocast():
+            return self.text(texts).to(self.dtype).cpu()
+
+    def _autocast(self) -> torch.autocast:
+        """The precision in which training would encode."""
+        dtype = AUTOCAST[self.config.training.mixed_precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.cache.folder} cannot be written ({error.strerror or error}); free some space, and the same "
+                "command goes on"
+            ) from error
+
+
+def _size(count: int) -> str:
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or name == "kB"
+    )
+    return f"{count / unit:.1f} {name}"
