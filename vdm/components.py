@@ -66,7 +66,7 @@ def build_unet(config: Config) -> UNet3D:
 def build_text_encoder(config: Config) -> TextEncoder:
     """The text encoder alone: random weights from `config.seed`, then those that `config` names."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + 1)  # else its first numbers were those of the UNet
         text_encoder = TextEncoder(config.text)
     _start_text(text_encoder)
     return text_encoder

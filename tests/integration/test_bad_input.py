@@ -233,7 +233,7 @@ def test_sample_refuses_a_checkpoint_that_is_not_what_its_manifest_says(
         ("data check PLACE/empty", "holds no video"),
         ("data check PLACE/nowhere", "does not exist"),
         ("data view PLACE/nowhere --output x.html", "does not exist"),
-        ("data cache x.yaml", "vdm data cache is not there yet"),
+        ("data cache x.yaml", "config x.yaml does not exist"),
         ("data bogus", "vdm data needs a command"),
         ("data synth PLACE/new", "arguments are required: --num_clips"),
         ("data synth PLACE/new --num_clips 1", "at least 2"),

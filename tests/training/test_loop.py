@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
     trainer = trainer_of(tmp_path)
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     batch = next(trainer._batches())
-    next(trainer.task.vae.parameters()).fill_(math.nan)
+    next(trainer.task.part("vae").parameters()).data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
         trainer.train_step([batch])
     assert trainer.step == 0

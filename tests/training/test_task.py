@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vdm.config import Config, load
-from vdm.data.latents import LatentDataset
+from vdm.data.latents import KeptLatents
 from vdm.data.loader import Batch, batches
 from vdm.data.video import read_clip, to_float
 from vdm.errors import UserError
@@ -168,7 +168,7 @@ def test_without_captions_the_loss_does_not_depend_on_them(share: int, depends: 
 def test_cached_latents_give_the_same_loss() -> None:
     """Up to the half precision that they are kept in; mini-something cuts nothing away."""
     plain, cached = unet_task(), unet_task("data.cache_latents=true")
-    assert isinstance(cached.dataset("train"), LatentDataset) and not isinstance(plain.dataset("train"), LatentDataset)
+    assert isinstance(cached.dataset("train"), KeptLatents) and not isinstance(plain.dataset("train"), KeptLatents)
     batch = batch_of(cached, 0, 1, 2)
     assert batch.video.shape == (3, 8, 4, 4, 4)
     assert loss(cached, batch) == pytest.approx(loss(plain, batch_of(plain, 0, 1, 2)), rel=1e-3)
