@@ -313,7 +313,7 @@ def test_the_towers_learn_which_caption_is_whose() -> None:
         batch_of(task, 0, 1, 2, 3), captions=[f"from {a} to {b}" for a in ("left", "right") for b in ("right", "left")]
     )
     optimizer = torch.optim.Adam([p for module in task.trained().values() for p in module.parameters()], lr=3e-3)
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
         task.losses(batch, training=True)["loss"].backward()
         optimizer.step()

@@ -83,7 +83,7 @@ class KeptLatents(LatentDataset):
         batch_size: int,
         encode: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__(config, split=split, seed=seed, batch_size=batch_size)
+        super().__init__(replace(config, crop="centre"), split=split, seed=seed, batch_size=batch_size)
         if config.dataloader_num_workers:
             raise UserError("data.cache_latents encodes in the main process; set data.dataloader_num_workers to 0")
         if config.horizontal_flip or config.color_jitter:
