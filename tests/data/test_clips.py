@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdm.data.clips import STAMP_TOLERANCE, duration, frame_indices
+from vdm.data.clips import STAMP_TOLERANCE, duration, frame_indices, window_offset
 from vdm.errors import UserError
 
 gaps_ms = st.lists(st.integers(0, 400), min_size=0, max_size=60)
@@ -93,3 +93,32 @@ def test_the_last_frame_is_shown_as_long_as_the_others():
     assert duration([0.0, 0.1, 0.2, 0.3]) == pytest.approx(0.4)
     assert duration([5.0, 5.1, 5.2, 6.2]) == pytest.approx(1.3)
     assert duration([3.0]) == 1.0
+
+
+@given(gaps_ms, rates, lengths, lengths, fractions, st.booleans())
+def test_a_shorter_window_is_a_part_of_the_longest(gaps, fps, one, other, start, loop):
+    """So a cache of longest windows gives every window that the files give, bit for bit."""
+    stamps, (short, longest) = stamps_from(gaps), sorted((one, other))
+    whole = frame_indices(stamps, fps=fps, num_frames=longest, start_fraction=start, loop=loop)
+    part = frame_indices(stamps, fps=fps, num_frames=short, start_fraction=start, loop=loop, longest=longest)
+    first = window_offset(stamps[-1] - stamps[0], fps=fps, num_frames=short, longest=longest, start_fraction=start)
+    assert 0 <= first <= longest - short
+    np.testing.assert_array_equal(part, whole[first : first + short])
+
+
+@given(gaps_ms, rates, lengths, lengths, fractions)
+def test_and_lies_less_than_a_frame_before_its_exact_place(gaps, fps, one, other, start):
+    stamps, (short, longest) = stamps_from(gaps), sorted((one, other))
+    elapsed = stamps[-1] - stamps[0]
+    first = window_offset(elapsed, fps=fps, num_frames=short, longest=longest, start_fraction=start)
+    begin, exact = (start * max(0.0, elapsed - (frames - 1) / fps) for frames in (longest, short))
+    assert -1e-6 <= exact - (begin + first / fps) <= 1 / fps
+    if start == 0:
+        assert first == 0
+
+
+def test_windows_that_end_with_the_clip_do_so_at_every_length():
+    stamps = np.arange(48) / 12
+    for length in range(1, 25):
+        indices = frame_indices(stamps, fps=8, num_frames=length, start_fraction=1.0, longest=24)
+        assert indices[-1] == 47

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vdm.data import loader
 from vdm.data.dataset import VALIDATION_OFFSET, ClipDataset
 from vdm.data.loader import Batch, batches
 from vdm.data.mini_something import render_clip, write_ssv2
@@ -201,6 +202,43 @@ def test_micro_batches_make_up_the_global_batch():
         assert torch.equal(torch.cat([part.video for part in parts[2 * number : 2 * number + 2]]), batch.video)
     with pytest.raises(AssertionError):
         next(batches(clips, batch_size=3))
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 40), st.integers(1, 6))
+@settings(max_examples=40)
+def test_the_order_is_the_same_for_any_number_of_ranks_and_any_resume(num_ranks, micro_steps, start, num_steps):
+    """Whoever reads a position reads the same clip, crop, length and words; together the ranks read each once."""
+    config = replace(TINY, min_frames=2, num_clips=7, horizontal_flip=0.5, natural_captions=0.5)
+    size = 2
+    whole = dataset(config, batch_size=size * num_ranks * (micro_steps + 1))
+    first = start * num_ranks * (micro_steps + 1)  # a resume falls between two steps
+    seen: dict[int, tuple] = {}
+    for rank in range(num_ranks):
+        own = dataset(config, batch_size=whole.batch_size)
+        numbers = itertools.islice(itertools.count(first + rank, num_ranks), num_steps)
+        for span in loader._spans(size, numbers, None):
+            for position in span:
+                assert position not in seen
+                seen[position] = own._clip_at(position), own._cut_at(position)
+    assert sorted(seen) == list(range(size * first, size * (first + num_ranks * num_steps)))
+    assert seen == {position: (whole._clip_at(position), whole._cut_at(position)) for position in seen}
+
+
+def test_ranks_share_the_stream(written):
+    clips = dataset(files_config(written, horizontal_flip=0.5, color_jitter=0.2), batch_size=4)
+    whole = take(clips, 6)
+    for num_workers in (0, 1):
+        for rank in range(3):
+            options = {"rank": rank, "num_ranks": 3, "num_workers": num_workers}
+            assert_same(list(batches(clips, batch_size=4, num_batches=2, **options)), whole[rank::3])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_the_stream_with_everything_on_does_not_know_how_many_workers_there_are(written, num_workers):
+    config = files_config(
+        written, horizontal_flip=0.5, color_jitter=0.2, natural_captions=0.5, min_frames=2, short_clips="loop"
+    )
+    assert_same(take(dataset(config), 7, num_workers=num_workers), take(dataset(config), 7))
 
 
 class Faulty(ClipDataset):
@@ -559,3 +597,17 @@ def test_the_middle_of_a_clip_where_the_crop_is_to_be_in_the_centre(written):
 def test_impossible_augmentations_are_named(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         replace(TINY, **changes)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=60)
+def test_all_that_is_said_of_a_clip_is_foreseen(position):
+    """A cache of texts must hold every wording that training may ask for, and a mirror image wherever one is wanted."""
+    config = replace(TINY, horizontal_flip=0.5, natural_captions=0.6, template_captions=0.2)
+    clips = dataset(config)
+    words = clips.source.words(clips._clip_at(position))
+    caption, mirrors = clips._said(words, position)
+    texts, any_mirror = clips.wordings(words)
+    assert caption in texts and any_mirror >= mirrors
+    plain = dataset().wordings(words)
+    assert plain == ({words.caption}, False)

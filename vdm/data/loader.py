@@ -45,17 +45,22 @@ def batches(
     num_batches: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Generator[Batch, None, None]:
     """Batches start_batch, start_batch + 1, ... of the stream: without end for training, one pass for validation.
 
-    Entering at batch k gives what skipping k batches gives, with any number of workers. A training batch must not
-    straddle two global ones: `batch_size` divides the dataset's. With workers, a clip whose decoder takes more than
-    `data.decode_timeout` seconds is given up, as is one that a worker twice dies of; without, nothing can end a decoder
-    that hangs. Raises UserError where no clip can be used.
+    Entering at batch k gives what skipping k batches gives, with any number of workers. Of several processes the one of
+    `rank` gets every `num_ranks`-th batch, so that together they see the same stream; `num_batches` counts its own. A
+    training batch must not straddle two global ones: `batch_size` divides the dataset's.
+
+    With workers, a clip whose decoder takes more than `data.decode_timeout` seconds is given up, as is one that a
+    worker twice dies of; without, nothing can end a decoder that hangs. Raises UserError where no clip can be used.
     """
     training = dataset.split == "train"
     assert not training or dataset.batch_size % batch_size == 0, "a batch must lie inside one global batch"
-    spans = _spans(batch_size, start_batch, num_batches, None if training else len(dataset))
+    numbers = itertools.islice(itertools.count(start_batch + rank, num_ranks), num_batches)
+    spans = _spans(batch_size, numbers, None if training else len(dataset))
     if num_workers:
         lists = _Reader(dataset, num_workers=num_workers, window=2 * (batch_size + num_workers)).read(spans)
     else:
@@ -69,9 +74,9 @@ def batches(
         lists.close()  # ends the workers now, not when the garbage is collected
 
 
-def _spans(batch_size: int, first_batch: int, num_batches: int | None, stop: int | None) -> Iterator[range]:
-    """The positions of consecutive batches; `stop` None never ends. The last batch may be smaller."""
-    for number in itertools.islice(itertools.count(first_batch), num_batches):
+def _spans(batch_size: int, numbers: Iterable[int], stop: int | None) -> Iterator[range]:
+    """The positions of batches by their numbers; `stop` None never ends. The last batch may be smaller."""
+    for number in numbers:
         first = number * batch_size
         last = first + batch_size if stop is None else min(first + batch_size, stop)
         if first >= last:
@@ -125,7 +130,7 @@ class _Slots:
     """Memory for samples that processes share which are forked from this one."""
 
     def __init__(self, count: int, num_bytes: int) -> None:
-        self._size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._size = max(1, -(-num_bytes // mmap.PAGESIZE)) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, count * self._size)  # anonymous: not in /dev/shm
         self.free = deque(range(count))
 
