@@ -19,28 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdm.data import video
-from vdm.data.clips import frame_indices
 from vdm.data.sheet import contact_sheet
 from vdm.data.video import UnreadableClip, read_clip, to_float, to_uint8, to_video, write_video
 from vdm.errors import UserError
-
-# id -> extension, width and height as shown, frames that decode (README of the clips)
-REAL_CLIPS = {
-    "166766": (".webm", 427, 240, 49),
-    "gulpio_test": (".webm", 256, 144, 140),
-    "pancake_flip": (".mkv", 426, 240, 310),
-    "arm_wrestling": (".mp4", 340, 256, 280),
-    "eye_makeup": (".avi", 320, 240, 164),
-    "pouring_coffee": (".mp4", 1280, 720, 287),
-    "cup_shuffle": (".mp4", 1280, 720, 300),
-    "bottles_long": (".mp4", 640, 360, 1189),
-    "street_walk_5frames": (".mp4", 960, 540, 5),
-    "dog_snow_5fps": (".mp4", 640, 480, 40),
-    "nasa_rot270": (".mp4", 270, 480, 17),
-    "camera_left_rot180_vfr": (".mp4", 1280, 720, 25),
-    "broken/corrupted_tail": (".mp4", 1280, 720, 28),
-    "broken/av1_undecodable": (".mkv", 640, 360, 125),
-}
 
 
 def grey_steps(count: int, *, height: int = 32, width: int = 48, step: int = 6) -> np.ndarray:
@@ -145,52 +126,6 @@ def test_rotation_metadata_is_applied(tmp_path, rotation, turns):
     plain = read_clip(tmp_path / "plain.mp4", fps=10, num_frames=4)
     turned = read_clip(tmp_path / "turned.mp4", fps=10, num_frames=4)
     np.testing.assert_array_equal(turned, np.rot90(plain, k=turns, axes=(1, 2)))
-
-
-@pytest.mark.parametrize("name", ["camera_left_rot180_vfr", "nasa_rot270"])
-def test_rotation_of_real_clips_is_that_of_another_decoder(clips_dir, name):
-    path = clips_dir / f"{name}.mp4"
-    ours = read_clip(path, fps=10, num_frames=1, start=0)[0]
-    done, theirs = cv2.VideoCapture(str(path)).read()  # OpenCV applies the metadata by itself
-    assert done and psnr(ours, theirs[..., ::-1]) > 35
-    with av.open(str(path)) as container:
-        raw = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    turns = 2 if "180" in name else 1
-    assert psnr(ours, np.rot90(raw, turns)) > 35 > psnr(ours, np.rot90(raw, turns + 2))
-
-
-@pytest.mark.parametrize("name", REAL_CLIPS)
-def test_real_clips_have_the_frames_that_their_readme_counts(clips_dir, name):
-    extension, width, height, count = REAL_CLIPS[name]
-    path = clips_dir / f"{name}{extension}"
-    kept, times = video._decode(path, np.array([0]))
-    assert kept[0].shape == (height, width, 3)
-    assert len(video._decode(path, video.ALL)[1]) == count
-    assert len(listed(path)[1]) == (50 if name == "broken/corrupted_tail" else count)
-
-
-@pytest.mark.parametrize("name", [name for name in REAL_CLIPS if name != "broken/corrupted_tail"])
-def test_real_clips_give_the_frames_due_at_each_moment(clips_dir, name):
-    """Against a naive reading that decodes everything and sorts the stamps."""
-    extension, _, _, count = REAL_CLIPS[name]
-    path = clips_dir / f"{name}{extension}"
-    with av.open(str(path)) as container:
-        stamps = [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
-    assert len(stamps) == count
-    wanted = frame_indices(sorted(stamps), fps=8, num_frames=16, start_fraction=0.3)
-    expected, _ = video._decode(path, wanted)
-    clip = read_clip(path, fps=8, num_frames=16, start=0.3)
-    np.testing.assert_array_equal(clip, expected)
-
-
-def test_stamps_that_run_backwards_do_not_shuffle_the_picture(clips_dir):
-    frames = read_clip(clips_dir / "eye_makeup.avi", fps=25, num_frames=40, start=0).astype(float)
-
-    def change(order: list[int]) -> float:
-        return float(np.abs(np.diff(frames[order], axis=0)).mean())
-
-    swapped = [index ^ 1 for index in range(40)]
-    assert change(list(range(40))) < 0.8 * change(swapped)
 
 
 def test_a_damaged_end_leaves_what_comes_before(clips_dir):

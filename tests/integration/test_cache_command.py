@@ -105,7 +105,7 @@ def test_the_disk_that_it_takes_is_said_before(root: Path, command: Command, tmp
 def test_no_vae_and_no_frozen_text_tower_are_in_memory(root: Path, made: Path, tmp_path: Path) -> None:
     def alive() -> list[type]:
         gc.collect()
-        return [type(thing) for thing in gc.get_objects() if isinstance(thing, VideoVAE | TextEncoder)]
+        return [type(thing) for thing in gc.get_objects() if issubclass(type(thing), VideoVAE | TextEncoder)]
 
     assert not alive(), "of other tests"
     config = load(TINY, overrides(root, f"data.cache_dir={made}", f"run_dir={tmp_path}"))
@@ -168,21 +168,20 @@ def test_started_again_it_does_nothing_and_cut_short_it_goes_on(
 
 
 def test_killed_at_any_time_it_goes_on(root: Path, shell: Command, tmp_path: Path) -> None:
-    """In a process of its own, twice killed; the end is that of a run that was let be."""
+    """In a process of its own; the end is that of a run that was let be."""
     script = (
         "import sys; sys.argv[0] = 'vdm'; from vdm import cli, precompute; precompute.MOST_CLIPS = 1; "
         "raise SystemExit(cli.main())"
     )
     arguments = ["-c", script, "data", "cache", str(TINY), *overrides(root, "data.dataloader_num_workers=1")]
-    for wanted in (3, 11):
-        with subprocess.Popen(
-            [sys.executable, *arguments, f"data.cache_dir={tmp_path / 'cut'}"], cwd=ROOT, stderr=subprocess.DEVNULL
-        ) as process:
-            while len(list((tmp_path / "cut").glob("train-*.safetensors"))) < wanted and process.poll() is None:
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        assert not json.loads((tmp_path / "cut" / "cache.json").read_text())["whole"]
+    with subprocess.Popen(
+        [sys.executable, *arguments, f"data.cache_dir={tmp_path / 'cut'}"], cwd=ROOT, stderr=subprocess.DEVNULL
+    ) as process:
+        while len(list((tmp_path / "cut").glob("train-*.safetensors"))) < 7 and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not json.loads((tmp_path / "cut" / "cache.json").read_text())["whole"]
     for name in ("cut", "let be"):
         done = shell(*arguments, f"data.cache_dir={tmp_path / name}")
         assert done.code == 0, done
