@@ -15,9 +15,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,8 +31,10 @@ from tqdm import tqdm
 
 from benchmarks.common import environment, write_json
 from vdm.cli import Parser, run
+from vdm.data.cache import Cache, Entry, Plan, look_name
 from vdm.data.dataset import ClipDataset
 from vdm.data.find import find_clips, guess_format
+from vdm.data.latents import CachedLatents
 from vdm.data.loader import batches
 from vdm.data.mini_something import render_clip
 from vdm.data.settings import DataConfig
@@ -172,30 +176,39 @@ def _config(root: Path) -> DataConfig:
     return replace(guess_format(str(root)), **size, max_bad_share=0.5)  # type: ignore[arg-type]
 
 
-def ways(files: Sequence[Path], root: Path, shard: Path) -> dict[str, Callable[[], None]]:
-    """Every way to go once through all clips in this process."""
+def write_latents(folder: Path, config: DataConfig) -> CachedLatents:
+    """The stream of a cache as of Stable Diffusion's VAE, whose numbers do not matter here."""
+    clips = ClipDataset(config, split="train", seed=0, batch_size=1)
+    entries = [Entry(clips.source.id(i), clips.source.words(i), 4.0, 4.1) for i in range(len(clips))]
+    plan = Plan({"train": len(clips)}, 0, {"train": len(clips)}, {"train": []}, "")
+    cache = Cache.start(folder, {}, plan)
+    moments = torch.zeros(8, FRAMES, SIZE // 8, SIZE // 8, dtype=torch.float16)
+    cache.write_clips("train", 0, entries, {look_name(i, 0, False): moments for i in range(len(clips))})
+    return CachedLatents(config, split="train", seed=0, batch_size=1, cache=cache)
 
+
+def ways(files: Sequence[Path], root: Path, folder: Path) -> dict[str, Callable[[], None]]:
+    """Every way to go once through all clips in this process."""
     starts = np.random.default_rng(0).random(len(files)).tolist()
 
     def over(read: Callable[[Path, float], object]) -> Callable[[], None]:
         return lambda: [read(file, start) for file, start in zip(files, starts, strict=True)] and None
 
-    def loaded(config: DataConfig) -> Callable[[], None]:
-        clips = ClipDataset(config, split="train", seed=0, batch_size=1)
+    def loaded(clips: ClipDataset) -> Callable[[], None]:
         return lambda: [clips[i] for i in range(len(files))] and None
 
     plain = _config(root)
-    packed = replace(plain, format="webdataset", root=str(shard))
+    packed = replace(plain, format="webdataset", root=str(folder / "shard.tar"))
+    streams = {"loader": plain, "loader, all augmentation": replace(plain, **AUGMENTED), "loader, tar shard": packed}
     return {
         "raw": over(raw),
-        "loader": loaded(plain),
-        "loader, all augmentation": loaded(replace(plain, **AUGMENTED)),
-        "loader, tar shard": loaded(packed),
+        **{name: loaded(ClipDataset(one, split="train", seed=0, batch_size=1)) for name, one in streams.items()},
+        "latent cache": loaded(write_latents(folder / "cache", plain)),
         **{name: over(read) for name, read in rivals().items()},
     }
 
 
-def with_workers(root: Path, num_clips: int, num_workers: int) -> tuple[float, float]:
+def with_workers(root: Path, num_clips: int, num_workers: int) -> dict[str, float]:
     """Clips per second through the data loader in batches of four, and MiB that a worker holds."""
     clips = ClipDataset(replace(_config(root), **AUGMENTED), split="train", seed=0, batch_size=4)
     stream = batches(clips, batch_size=4, num_workers=num_workers)
@@ -205,22 +218,22 @@ def with_workers(root: Path, num_clips: int, num_workers: int) -> tuple[float, f
         next(stream)
     seconds, memory = time.perf_counter() - began, max(_children(), default=0.0)
     stream.close()
-    return 4 * (num_clips // 4) / seconds, memory
+    return {"rate": 4 * (num_clips // 4) / seconds, "mib": memory}
 
 
 def _children() -> Iterator[float]:
-    """MiB of its own that each child process holds."""
+    """MiB that each child process has to itself, beyond what it shares with this one."""
     for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for pid in child.read_text().split():
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            yield next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            yield sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="data.py", description=str(__doc__).split("\n")[0])
     parser.flag("--root", type=Path, metavar="DIR", help="a folder of videos with a .txt beside each; made by default")
     parser.flag("--num_clips", type=int, default=64, metavar="N", help="how many to make (default 64)")
-    parser.flag("--rounds", type=int, default=3, metavar="N", help="turns of each way (default 3)")
+    parser.flag("--rounds", type=int, default=5, metavar="N", help="turns of each way (default 5)")
     parser.flag("--json", type=Path, metavar="FILE", help="save the numbers")
     options: argparse.Namespace = parser.parse_args(arguments)
     for name in ("num_clips", "rounds"):
@@ -235,29 +248,49 @@ def command(arguments: Sequence[str]) -> None:
             make_clips(root, options.num_clips)
         clips = find_clips(replace(guess_format(str(root)), format="folder"), "train")
         files = [Path(str(clip.path)) for clip in clips]
+        kilobytes = round(statistics.mean(file.stat().st_size for file in files) / 1000, 1)
         pack(files, Path(folder) / "shard.tar")
-        rates = _rates(ways(files, root, Path(folder) / "shard.tar"), len(files), options.rounds)
-        print(f"\n| clips per second, one core | median of {options.rounds} | of raw decoding |\n|---|---|---|")
-        for name, rate in rates.items():
-            print(f"| {name} | {rate:.1f} | {rate / rates['raw']:.2f} |")
-        workers = {n: with_workers(root, len(files), n) for n in (0, 1, 2)}
-    print("\n| workers, all augmentation | clips per second | MiB a worker |\n|---|---|---|")
-    for number, (rate, memory) in workers.items():
-        print(f"| {number} | {rate:.1f} | {memory:.0f} |")
+        measured = _rates(ways(files, root, Path(folder)), len(files), options.rounds)
+        workers = {str(n): with_workers(root, len(files), n) for n in (0, 1, 2)}
+    versions = {name: _version(name) for name in ("av", "opencv-python", "decord", "torchcodec")}
+    about = {"clips": len(files), "kb_a_clip": kilobytes, "rounds": options.rounds, "readers": versions}
+    record = {**environment(torch.device("cpu")), **about, "ways": measured, "workers": workers}
+    print("\n" + table(record))
     if options.json is not None:
-        saved = {"rates": rates, "workers": {n: {"rate": r, "mib": m} for n, (r, m) in workers.items()}}
-        about = {"clips": len(files), "rounds": options.rounds, "versions_of_av": av.__version__}
-        write_json(options.json, {**environment(torch.device("cpu")), **about, **saved})
+        write_json(options.json, record)
 
 
-def _rates(ways: dict[str, Callable[[], None]], count: int, rounds: int) -> dict[str, float]:
+def table(record: Mapping[str, Any]) -> str:
+    """The numbers of a run in Markdown."""
+    lines = ["| one core | clips per second | of raw decoding |", "|---|---|---|"]
+    lines += [f"| {name} | {one['rate']:.1f} | {one['of_raw']:.2f} |" for name, one in record["ways"].items()]
+    lines += ["", "| workers, all augmentation | clips per second | MiB a worker |", "|---|---|---|"]
+    lines += [f"| {number} | {one['rate']:.1f} | {one['mib']:.0f} |" for number, one in record["workers"].items()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _rates(ways: Mapping[str, Callable[[], None]], count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Of every way the clips per second, and its speed against that of "raw" in the same round; medians."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in tqdm(range(rounds), desc="rounds", unit="round"):
         for name, way in ways.items():
             began = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - began)
-    return {name: count / statistics.median(taken) for name, taken in seconds.items()}
+    return {
+        name: {
+            "rate": count / statistics.median(taken),
+            "of_raw": statistics.median(raw / own for raw, own in zip(seconds["raw"], taken, strict=True)),
+        }
+        for name, taken in seconds.items()
+    }
 
 
 if __name__ == "__main__":

@@ -37,5 +37,5 @@ def test_the_command_measures(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "d.json").read_text())
-    assert {"raw", "loader", "loader, all augmentation", "loader, tar shard", "cv2 loop"} <= set(record["rates"])
-    assert all(rate > 0 for rate in record["rates"].values()) and set(record["workers"]) == {"0", "1", "2"}
+    assert {"raw", "loader", "loader, all augmentation", "loader, tar shard", "cv2 loop"} <= set(record["ways"])
+    assert all(way["rate"] > 0 for way in record["ways"].values()) and set(record["workers"]) == {"0", "1", "2"}
