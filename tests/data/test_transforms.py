@@ -25,7 +25,7 @@ def test_without_a_change_of_scale_it_is_a_plain_crop(height, width, more_height
         more_width = 0  # both would mean shrinking
     frames = np.random.default_rng(0).integers(0, 256, (2, height + more_height, width + more_width, 3), dtype=np.uint8)
     out = resize_crop(frames, Crop(height=height, width=width, x=x, y=y))
-    top, left = round(more_height * y), round(more_width * x)
+    top, left = (min(2 * round(more * part / 2), more // 2 * 2) for more, part in ((more_height, y), (more_width, x)))
     np.testing.assert_array_equal(out, frames[:, top : top + height, left : left + width])
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from vdm.data.transforms import Crop, Frames, resize_crop
+from vdm.data.transforms import Crop, Frames, resize, resize_crop
 
 # Red's and blue's share of light (ITU-T H.273, table 4), by code point; what says nothing is taken for BT.601.
 LIGHT = {1: (0.2126, 0.0722), 2: (0.299, 0.114), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
@@ -42,13 +42,14 @@ def to_rgb(frame: VideoFrame, crop: Crop | None, *, size: tuple[int, int], out: 
 def _cropped(frame: VideoFrame, crop: Crop, out: Frames | None) -> Frames:
     """Light and colour brought to the final size each by itself. A sample of colour lies amid the four of light that
     it is for, and a row or column of odd length ends with half of one."""
-    width, height, top, left = crop.fit(frame.width, frame.height)
+    left, top, width, height = crop.part(frame.width, frame.height)
     planes = []
     for scale, plane in zip((1, 2, 2), frame.planes, strict=True):
-        samples = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
-        covered = (plane.width * scale / frame.width, plane.height * scale / frame.height)
-        resized = crop.resize(samples, round(width * covered[0]), round(height * covered[1]))
-        planes.append(resized[top : top + crop.height, left : left + crop.width])
+        samples = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+        rows, columns = -(-height // scale), -(-width // scale)
+        part = samples[top // scale :, left // scale :][:rows, :columns]
+        covered = resize(part, round(crop.width * columns * scale / width), round(crop.height * rows * scale / height))
+        planes.append(covered[: crop.height, : crop.width])
     full = frame.color_range == ColorRange.JPEG or frame.format.name == "yuvj420p"
     return np.asarray(cv2.transform(cv2.merge(planes), _matrix(frame.colorspace, full), dst=out), dtype=np.uint8)
 

@@ -14,38 +14,43 @@ Picture = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
 
 @dataclass(frozen=True)
 class Crop:
-    """The size that is wanted, and which part: `x` and `y` in [0, 1] place it in what hangs over of a picture that was
-    shrunk or enlarged until it covers that size. 0 is left and top, 0.5 the centre."""
+    """The size that is wanted, and which part of a picture: the largest of its shape, placed by `x` and `y` in [0, 1],
+    where 0 is left and top, 0.5 the centre."""
 
     height: int
     width: int
     x: float = 0.5
     y: float = 0.5
 
-    def fit(self, old_width: int, old_height: int) -> tuple[int, int, int, int]:
-        """Width and height that a picture is brought to, its aspect ratio kept, and the crop's top and left in it."""
+    def part(self, old_width: int, old_height: int) -> tuple[int, int, int, int]:
+        """Left, top, width and height of it. Left and top are even, for in video two by two pixels share a colour."""
         scale = max(self.height / old_height, self.width / old_width)
-        width, height = max(self.width, round(old_width * scale)), max(self.height, round(old_height * scale))
-        return width, height, round((height - self.height) * self.y), round((width - self.width) * self.x)
+        width, height = (
+            max(1, min(old, round(new / scale))) for old, new in ((old_width, self.width), (old_height, self.height))
+        )
+        return _even(old_width - width, self.x), _even(old_height - height, self.y), width, height
 
-    @staticmethod
-    def resize(picture: Picture, width: int, height: int) -> Picture:
-        """uint8 (H,W) or (H,W,3). Shrinking averages areas, since sampling points of a large frame would flicker;
-        enlarging interpolates linearly."""
-        old_height, old_width = picture.shape[:2]
-        if (width, height) == (old_width, old_height):
-            return picture
-        shrinks = width * height < old_width * old_height
-        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return np.asarray(cv2.resize(picture, (width, height), interpolation=method), dtype=np.uint8)
+
+def _even(slack: int, fraction: float) -> int:
+    return min(2 * round(slack * fraction / 2), slack // 2 * 2)
+
+
+def resize(picture: Picture, width: int, height: int) -> Picture:
+    """uint8 (H,W) or (H,W,3). Shrinking averages areas, since sampling points of a large frame would flicker; enlarging
+    interpolates linearly."""
+    old_height, old_width = picture.shape[:2]
+    if (width, height) == (old_width, old_height):
+        return picture
+    method = cv2.INTER_AREA if width * height < old_width * old_height else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=method), dtype=np.uint8)
 
 
 def resize_crop(frames: Frames, crop: Crop) -> Frames:
     """uint8 (T,H,W,3) -> uint8 (T,height,width,3), contiguous; the aspect ratio is kept, what hangs over is cut off."""
-    width, height, top, left = crop.fit(frames.shape[2], frames.shape[1])
+    left, top, width, height = crop.part(frames.shape[2], frames.shape[1])
     out = np.empty((len(frames), crop.height, crop.width, 3), dtype=np.uint8)
     for index, frame in enumerate(frames):
-        out[index] = crop.resize(frame, width, height)[top : top + crop.height, left : left + crop.width]
+        out[index] = resize(frame[top : top + height, left : left + width], crop.width, crop.height)
     return out
 
 

@@ -164,6 +164,9 @@ def _decoded(
     UnreadableClip when it sees no frame.
     """
     last = wanted.max(initial=-1)
+    places: dict[int, list[int]] = {}  # in the clip, of each frame wanted
+    for place, index in enumerate(wanted.tolist()):
+        places.setdefault(index, []).append(place)
     pictures = np.empty((len(wanted), crop.height, crop.width, 3) if crop else (0, 0, 0, 3), dtype=np.uint8)
     stamps: list[int | None] = []
     size = 0, 0  # of the first frame; a stream may change its size on the way
@@ -172,13 +175,12 @@ def _decoded(
         for frame in _frames(packets):
             if not stamps:
                 size = frame.width, frame.height
-            places = np.flatnonzero(wanted == len(stamps))
-            if len(places):
-                picture = to_rgb(frame, crop, size=size, out=pictures[places[0]] if pictures.size else None)
+            if here := places.get(len(stamps)):
+                picture = to_rgb(frame, crop, size=size, out=pictures[here[0]] if pictures.size else None)
                 if not pictures.size:
                     pictures = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
-                    pictures[places[0]] = picture
-                pictures[places[1:]] = picture
+                    pictures[here[0]] = picture
+                pictures[here[1:]] = picture
             stamps.append(frame.pts)
             if len(stamps) > last >= 0:
                 break
