@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.data import table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,3 +25,15 @@ def test_the_table_of_parity_is_the_saved_one() -> None:
     for row in rows:
         assert f"| {row['what']} | {row['against']} | {row['error']:.1e} | {row['detail']} |" in README, row["what"]
         assert row["error"] <= row["bound"]
+
+
+def test_the_tables_of_the_data_loader_are_the_saved_ones() -> None:
+    record = saved("data-cpu.json")
+    lines = table(record).splitlines()
+    assert len(lines) == 17
+    assert [line for line in lines if line not in README] == []
+    ways = record["ways"]
+    assert isinstance(ways, dict)
+    ours, rivals = ways["loader"]["rate"], ("cv2 loop", "PyAV loop", "decord", "torchcodec")
+    assert ways["loader, all augmentation"]["of_raw"] >= 0.8, "what we set out for"
+    assert ours >= max(ways[name]["rate"] for name in rivals)
