@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vdm import __version__
-from vdm.errors import UserError
+from vdm.errors import CannotWrite, UserError
 from vdm.weights import SUFFIX, Weights, open_weights, sha256, write_pickle, write_safetensors
 
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ def written_whole(path: str | Path, *, replaces: str, may_replace: Callable[[Pat
         _put_in_place(folder, path)
     except OSError as error:
         remedy = "free space there or choose another folder"
-        raise UserError(f"{replaces} {path} cannot be written: {error}; {remedy}") from error
+        raise CannotWrite(f"{replaces} {path} cannot be written: {error}; {remedy}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # of folders that were made for it none is left empty
@@ -226,7 +226,19 @@ def load_trainer_state(path: str | Path) -> dict[str, Any]:
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """The folders checkpoint-<step> of a run, by step, whether valid or not."""
     found = [path for path in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _info(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint's writer had to say; nothing where its manifest is damaged."""
+    try:
+        return read_manifest(path).info
+    except UserError:
+        return {}
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -240,11 +252,30 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def prune(run_dir: str | Path, *, keep: int | None) -> None:
-    """Delete all complete checkpoints of a run but the newest `keep`; None keeps all. For the holder of the RunLock."""
-    complete = [path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()]
-    surplus = 0 if keep is None else max(0, len(complete) - keep)
-    for path in complete[:surplus]:
+@dataclass(frozen=True)
+class Retention:
+    """Which complete checkpoints stay: the newest `newest` (None: all), those of every `every`-th step, and the one
+    with the lowest `best` in its info (a name such as "val_loss"; of equals the newest)."""
+
+    newest: int | None = None
+    every: int | None = None
+    best: str | None = None
+
+    def keeps(self, steps: Mapping[int, Mapping[str, Any]]) -> set[int]:
+        """The steps that stay of some checkpoints, given by step with their info."""
+        if self.newest is None:
+            return set(steps)
+        kept = set(sorted(steps)[-self.newest :])
+        kept |= {step for step in steps if self.every is not None and step % self.every == 0}
+        scores = {step: info[self.best] for step, info in steps.items() if self.best is not None and self.best in info}
+        return kept | ({min(scores, key=lambda step: (scores[step], -step))} if scores else set())
+
+
+def prune(run_dir: str | Path, *, retention: Retention) -> None:
+    """Delete the complete checkpoints of a run that do not stay. For the holder of the RunLock."""
+    complete = {_step_of(path): path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()}
+    kept = retention.keeps({step: _info(path) for step, path in complete.items()})
+    for path in (path for step, path in complete.items() if step not in kept):
         doomed = _beside(path, "tmp")
         path.rename(doomed)  # at once no checkpoint any more, even if the deletion is cut short
         shutil.rmtree(doomed, ignore_errors=True)

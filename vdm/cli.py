@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vdm.errors import UserError
+from vdm.errors import Failure, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ def run(command: Callable[[Sequence[str]], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (Failure, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BadClipsFound:
@@ -58,18 +58,26 @@ def train_command(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.flag("--resume", metavar="latest|PATH", help="go on from the run's newest valid checkpoint, or this one")
     parser.flag("--plan", action="store_true", help="not there yet")
-    parser.flag("--verify_resume", action="store_true", help="not there yet")
+    parser.flag(
+        "--verify_resume", action="store_true", help="train a few steps with and without a restart, and compare"
+    )
     options = parser.parse_intermixed_args(arguments)
-    for name in ("plan", "verify_resume"):
-        if getattr(options, name):
-            raise UserError(f"train.py --{name} is not there yet; leave it out")
+    if options.plan:
+        raise UserError("train.py --plan is not there yet; leave it out")
+    if options.verify_resume and options.resume is not None:
+        raise UserError("--verify_resume trains from the start, in folders of its own; leave --resume out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training in several processes is not there yet; start train.py with python, not torchrun")
 
     from vdm.config import load  # after parsing: --help answers at once
     from vdm.training.loop import train
+    from vdm.training.verify import verify_resume
 
-    train(load(options.config, options.overrides), resume=options.resume)
+    config = load(options.config, options.overrides)
+    if options.verify_resume:
+        verify_resume(config)
+    else:
+        train(config, resume=options.resume)
 
 
 def sample_command(arguments: Sequence[str]) -> None:

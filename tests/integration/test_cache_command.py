@@ -22,8 +22,9 @@ from vdm.config import load
 from vdm.data.mini_something import write_ssv2
 from vdm.models import VideoVAE
 from vdm.text.encoder import TextEncoder
-from vdm.training.loop import Trainer, train
+from vdm.training.loop import train
 from vdm.training.task import build_task
+from vdm.training.trainer import Trainer
 
 Command = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_no_vae_and_no_frozen_text_tower_are_in_memory(root: Path, made: Path, t
     assert not alive(), "of other tests"
     config = load(TINY, overrides(root, f"data.cache_dir={made}", f"run_dir={tmp_path}"))
     trainer = Trainer(config, build_task(config, CPU), tmp_path)
-    stream = trainer._batches()
+    stream = trainer.train_batches()
     trainer.train_step([next(stream)])
     trainer.validate()
     trainer.save()

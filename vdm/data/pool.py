@@ -135,8 +135,8 @@ class _Worker:
 def _serve(function: Callable[[Any], Any], pipe: Connection, time_limit: float) -> None:
     """Answer items until the pipe closes. An alarm that nobody handles ends the process, whatever C code it is in."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that has started us ends us
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(asked, signal.SIG_IGN)  # the process that has started us ends us, when it is done with us
     cv2.setNumThreads(0)  # the workers are the parallelism
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):

@@ -31,7 +31,7 @@ from vdm.data.clips import duration, frame_indices
 from vdm.data.colour import to_rgb, to_yuv
 from vdm.data.packed import File, Packed
 from vdm.data.transforms import Crop, Frames
-from vdm.errors import UserError
+from vdm.errors import CannotWrite, UserError
 
 ShortPolicy = Literal["hold", "loop", "drop"]
 
@@ -320,7 +320,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         taken = isinstance(error, FileExistsError | NotADirectoryError)
         reason = f"{path.parent} is not a folder" if taken else _reason(error)
-        raise UserError(f"cannot write {path}: {reason}; choose a folder that can be written") from error
+        raise CannotWrite(f"cannot write {path}: {reason}; choose a folder that can be written") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from vdm import checkpoint
-from vdm.components import load_part, save_parts, with_sources, without_sources
-from vdm.config import Config, load, to_yaml
-from vdm.data.loader import Batch, batches
-from vdm.data.quarantine import BadClips
-from vdm.errors import UserError
+from vdm.components import load_part, with_sources, without_sources
+from vdm.config import Config, to_yaml
+from vdm.data.loader import Batch
+from vdm.errors import CannotWrite, UserError
 from vdm.training.ema import EMA
-from vdm.training.optim import build_optimizer, learning_rate
-from vdm.training.parallel import checkpoint_activations
+from vdm.training.faults import mean_of_finite
 from vdm.training.runlog import RunLog
-from vdm.training.settings import AUTOCAST
-from vdm.training.task import Task, build_task, warn_of_random_parts
+from vdm.training.signals import StopRequest
+from vdm.training.task import build_task, warn_of_random_parts
+from vdm.training.trainer import Trainer
 
-DROPOUT = 2  # what a step's random stream is for; the last word of its seed
+MAX_FAILED_SAVES = 3  # in a row
 
 
 def train(config: Config, *, resume: str | None = None) -> Path:
@@ -49,7 +45,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
                 load_part(module, Path(config.training.init_from), part)
             trainer.ema = EMA(task.trained(), decay=config.training.ema_decay)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        return trainer.run()
+        return Loop(trainer).run()
 
 
 def _start(run_dir: Path, resume: str | None) -> Path | None:
@@ -73,192 +69,100 @@ def _from_checkpoint(config: Config, start: Path) -> Config:
     return with_sources(config, start) if config.data.cache_dir is not None else without_sources(config)
 
 
-class Trainer:
-    """The state of a run between steps, and one step."""
+class Loop:
+    """A run: steps, and between them what is due."""
 
-    def __init__(self, config: Config, task: Task, run_dir: Path):
-        self.config, self.task, self.run_dir = config, task, run_dir
-        self.settings = config.training
-        self.step = 0
-        self.trained = task.trained()
-        self.parameters = [p for module in self.trained.values() for p in module.parameters()]
-        self.optimizer = build_optimizer(self.trained.values(), self.settings)
-        self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
-        self.ema = EMA(self.trained, decay=self.settings.ema_decay)
-        self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
-        record = run_dir / "bad_clips.jsonl"
-        self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
-        if self.settings.gradient_checkpointing:
-            for module in self.trained.values():
-                checkpoint_activations(module)
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.settings, self.run_dir = trainer, trainer.settings, trainer.run_dir
+        self.failed_saves = 0
 
     def run(self) -> Path:
-        """Train to `max_train_steps`; returns the folder of the finished model."""
-        settings = self.settings
-        log = RunLog(self.run_dir, first_step=self.step, num_steps=settings.max_train_steps)
-        stream = self._batches()
-        for module in self.trained.values():
+        """Train to `max_train_steps`, or as long as nobody wants it to stop.
+
+        Returns the folder of the finished model, or of the checkpoint to go on from.
+        """
+        most = self.settings.max_train_steps
+        log = RunLog(self.run_dir, first_step=self.trainer.step, num_steps=most)
+        self.trainer.say = log.say
+        stream = self.trainer.train_batches()
+        for module in self.trainer.trained.values():
             module.train()
-        seconds, losses = 0.0, []
         try:
-            while self.step < settings.max_train_steps:
-                began = time.perf_counter()
-                values = self.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
-                seconds += time.perf_counter() - began
-                losses.append(values["loss"])
-                log.advance(values["loss"])
-                last = self.step == settings.max_train_steps
-                held_out = self._look(log, last)
-                if self.step % settings.log_steps == 0 or last or self.step == 1 or held_out:
-                    clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps
-                    values |= {"loss": float(np.mean(losses)), "videos_per_second": clips / seconds}
-                    log.write(self.step, values | held_out)
-                    seconds, losses = 0.0, []
-                if self.step % settings.checkpointing_steps == 0 or last:
-                    self.save()
-            final = self.finish()
+            with StopRequest() as stop:
+                self._steps(stream, log, stop, until=min(most, self.settings.stop_after_steps or most))
+            done = self.trainer.finish() if self.trainer.step == most else self._pause()
         finally:
             stream.close()  # stops the data workers now, not when the garbage is collected
             log.close()
-        print(f"finished: {final}")
-        return final
+        if self.trainer.step == most:
+            print(f"finished: {done}")
+        else:
+            why = stop.name or f"training.stop_after_steps={self.settings.stop_after_steps}"
+            print(
+                f"stopped after step {self.trainer.step} ({why}): {done}; the same command with --resume latest goes on"
+            )
+        return done
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
-        stream = batches(
-            self.clips,
-            batch_size=self.settings.batch_size,
-            start_batch=self.step * micro_steps,
-            num_workers=data.dataloader_num_workers,
-            pin_memory=data.pin_memory,
-        )
-        for batch in stream:
-            self.bad.note(batch.bad)
-            yield batch
-
-    def _held_out(self, batch_size: int) -> Generator[Batch, None, None]:
-        data = self.config.data
-        return batches(
-            self.held_out,
-            batch_size=batch_size,
-            num_workers=data.dataloader_num_workers,
-            pin_memory=data.pin_memory,
-        )
-
-    def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step; returns the mean of each loss, the learning rate and the gradient's norm."""
+    def _steps(self, stream: Iterator[Batch], log: RunLog, stop: StopRequest, *, until: int) -> None:
         settings = self.settings
-        rate = learning_rate(self.step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        state = np.random.SeedSequence([self.config.seed, self.step, DROPOUT]).generate_state(1, np.uint64)
-        torch.manual_seed(int(state[0] >> 1))
-        totals: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            values = self._losses(batch, training=True)
-            self.scaler.scale(values["loss"] / len(micro_batches)).backward()
-            for name, value in values.items():
-                totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
-        measured = {"loss": float(totals["loss"])}
-        if not self.scaler.is_enabled():  # which skips steps with such gradients by itself
-            measured["gradient norm"] = float(norm)
-        for name, number in measured.items():
-            if not math.isfinite(number):
-                raise FloatingPointError(f"the {name} is {number} at step {self.step + 1}; the last checkpoint stands")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        self.step += 1
-        return {**{name: float(value) for name, value in totals.items()}, "lr": rate, "grad_norm": float(norm)}
+        seconds, losses = 0.0, []
+        while self.trainer.step < until and stop.name is None:
+            began = time.perf_counter()
+            values = self.trainer.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
+            seconds += time.perf_counter() - began
+            losses.append(values["loss"])
+            log.advance(values["loss"])
+            last = self.trainer.step == settings.max_train_steps
+            held_out = self._look(last)
+            if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
+                clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps
+                values |= {"loss": mean_of_finite(losses), "videos_per_second": clips / seconds}
+                log.write(self.trainer.step, values | held_out)
+                seconds, losses = 0.0, []
+            if self.trainer.step % settings.checkpointing_steps == 0 or last:
+                self._try_to_save()
 
-    def _losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        dtype = AUTOCAST[self.settings.mixed_precision]
-        with torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.task.losses(batch, training=training)
+    def _pause(self) -> Path:
+        """The checkpoint of this step."""
+        path = self.run_dir / f"checkpoint-{self.trainer.step}"
+        if not (path / checkpoint.MANIFEST).is_file():
+            self.trainer.save()
+        return path
 
-    def _look(self, log: RunLog, last: bool) -> dict[str, float]:
+    def _try_to_save(self) -> None:
+        """Save; a disk that is full costs the checkpoint, and the run only when it stays so."""
+        try:
+            self.trainer.save()
+            self.failed_saves = 0
+        except CannotWrite as error:
+            self.failed_saves += 1
+            if self.failed_saves == MAX_FAILED_SAVES:
+                raise
+            self.trainer.say(f"warning: {error}; what was there still is, and the run goes on")
+
+    def _look(self, last: bool) -> dict[str, float]:
         """Validate and preview with the averaged weights, when it is time; returns the validation losses, if any."""
         settings = self.settings
         every = settings.validation_steps
         preview_every = settings.preview_steps or every
-        validates = bool(every) and (self.step % every == 0 or last)
-        previews = bool(preview_every) and (self.step % preview_every == 0 or last)
+        validates = bool(every) and (self.trainer.step % every == 0 or last)
+        previews = bool(preview_every) and (self.trainer.step % preview_every == 0 or last)
         values: dict[str, float] = {}
         if not (validates or previews):
             return values
-        with self.ema.applied():
+        with self.trainer.ema.applied():
             if validates:
-                values = self.validate()
-                log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+                values = self.trainer.validated = self.trainer.validate()
+                self.trainer.say(
+                    f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+                )
             if previews:
-                with closing(self._held_out(batch_size=min(8, len(self.held_out)))) as stream:
-                    self.task.preview(self.run_dir / "samples" / f"step-{self.step:06d}", next(stream))
+                self._preview(self.run_dir / "samples" / f"step-{self.trainer.step:06d}")
         return values
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Mean losses over the validation clips, with draws that are the same at every call."""
-        totals: dict[str, float] = {}
-        for batch in self._held_out(self.settings.batch_size):
-            self.bad_held_out.note(batch.bad)
-            for name, value in self._losses(batch, training=False).items():
-                share = len(batch.ids) / len(self.held_out)
-                totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
-        return totals
-
-    def save(self) -> None:
-        """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs."""
-        path = self.run_dir / f"checkpoint-{self.step}"
-        weights = {part: module.state_dict() for part, module in self.task.whole().items()}
-        weights |= {f"{part}.ema": self.ema.state_dict(part) for part in self.trained}
-        checkpoint.save_checkpoint(
-            path,
-            config_yaml=to_yaml(self.config),
-            weights=weights,
-            trainer_state={
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "ema_updates": self.ema.num_updates,
-            },
-            info={"step": self.step, "task": self.settings.task},
-        )
-        self.task.came_from(path)
-        checkpoint.prune(self.run_dir, keep=self.settings.keep_checkpoints)
-
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises `UserError` where it belongs to another model or kind of training."""
-        manifest = checkpoint.verify(path)
-        info = manifest.info
-        if info.get("task") != self.settings.task:
-            raise UserError(f"{path} is of a run with training.task={info.get('task')}, not {self.settings.task}")
-        learned = {part.removesuffix(".ema") for part in manifest.parts if part.endswith(".ema")}
-        if learned and learned != set(self.trained):
-            raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; set text.text_trainable so")
-        theirs = load(path / checkpoint.CONFIG).training.optimizer
-        if theirs != self.settings.optimizer:
-            raise UserError(f"{path} is of a run with training.optimizer={theirs}; resume it with that")
-        state = checkpoint.load_trainer_state(path)
-        # Frozen parts too: what they were first made from may have changed, or be gone.
-        for part, module in self.task.modules.items():
-            try:
-                module.load_state_dict(checkpoint.load_weights(path, part))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[1].strip()
-                raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
-        # The moments are the checkpoint's; weight decay and the like are what this run's config says.
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
-        self.scaler.load_state_dict(state["scaler"])
-        averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
-        self.ema.load(averages, num_updates=state["ema_updates"])
-        self.step = int(info["step"])
-
-    def finish(self) -> Path:
-        """Write the finished model, with the averaged weights, to `final`."""
-        final = self.run_dir / "final"
-        with self.ema.applied():
-            save_parts(final, self.config, self.task.whole(), info={"step": self.step, "task": self.settings.task})
-        return final
+    def _preview(self, folder: Path) -> None:
+        try:
+            with closing(self.trainer.held_out_batches(batch_size=min(8, len(self.trainer.held_out)))) as stream:
+                self.trainer.task.preview(folder, next(stream))
+        except CannotWrite as error:
+            self.trainer.say(f"warning: {error}; the run goes on without this preview")

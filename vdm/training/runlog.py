@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -36,10 +37,14 @@ class RunLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers of a step; TensorBoard gets them as scalars."""
-        self._file.write(json.dumps({"step": step, **{key: round(value, 8) for key, value in values.items()}}) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+        line = {"step": step, **{key: round(value, 8) for key, value in values.items()}}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+        except OSError as error:  # a full disk, say, which is no reason to stop
+            self.say(f"warning: the log of step {step} cannot be written: {error}")
 
     def advance(self, loss: float) -> None:
         """One step done."""
@@ -53,5 +58,6 @@ class RunLog:
     def close(self) -> None:
         """End the bar and flush the files."""
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            with suppress(OSError):  # what a full disk has kept them from writing
+                file.close()

@@ -47,7 +47,11 @@ class TrainingConfig:
 
     log_steps: int = 10
     checkpointing_steps: int = 5000
-    keep_checkpoints: int | None = None  # null keeps all, else the newest so many
+    keep_checkpoints: int | None = None  # null keeps all, else the newest so many, and
+    keep_every: int | None = None  # those of every so many steps, and
+    keep_best: bool = False  # the one whose last validation had the lowest loss
+    stop_after_steps: int | None = None  # end there with a checkpoint, on the way to `max_train_steps`
+    max_bad_steps: int = 5  # so many in a row that are not finite, and the run goes back to its last checkpoint
     validation_steps: int = 1000  # 0 never validates
     preview_steps: int = 0  # 0 means together with each validation
     preview_prompts: tuple[str, ...] = ()
@@ -55,7 +59,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_gpus"):
             self._require(name, at_least=1)
-        for name in ("max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints"):
+        for name in ("max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "keep_every"):
+            self._require(name, at_least=1)
+        for name in ("stop_after_steps", "max_bad_steps"):
             self._require(name, at_least=1)
         for name in (
             "warmup_steps",

@@ -1,0 +1,125 @@
+"""What to do with numbers that are not finite: find out where they come from, and leave behind what shows it again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm.checkpoint import save_checkpoint
+from vdm.data.loader import Batch
+
+
+@dataclass
+class Faults:
+    """How a run has fared so far."""
+
+    skipped: int = 0  # steps
+    in_a_row: int = 0  # of them, up to now
+    went_back: bool = False  # to a checkpoint, and made none of a good step since
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A clip whose loss or gradient is not finite, and the first module where that shows."""
+
+    clip: str
+    position: int
+    module: str
+
+    def __str__(self) -> str:
+        return f"clip {self.clip} (position {self.position}), first in {self.module}"
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """The mean of those that are finite; NaN where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def find_culprits(
+    batches: Sequence[Batch], modules: Mapping[str, nn.Module], loss_of: Callable[[Batch], Tensor]
+) -> list[Culprit]:
+    """Try each clip of some micro-batches alone; `loss_of` gives its loss. Gradients are gone afterwards.
+
+    No culprit means that every clip alone is fine, and only their sum too large.
+    """
+    found = []
+    for batch in batches:
+        for number in range(len(batch.ids)):
+            one = single(batch, number)
+            with first_not_finite(modules) as seen:
+                loss = loss_of(one)
+            module = seen[0] if seen else "" if torch.isfinite(loss) else "the loss"
+            if not module:
+                loss.backward()
+                module = next(_bad_gradients(modules), "")
+            for part in modules.values():
+                part.zero_grad(set_to_none=True)
+            if module:
+                found.append(Culprit(one.ids[0], one.positions[0], module))
+    return found
+
+
+def single(batch: Batch, number: int) -> Batch:
+    """One clip of a batch, as a batch."""
+    chosen = slice(number, number + 1)
+    lists = {name: getattr(batch, name)[chosen] for name in ("captions", "ids", "indices", "positions")}
+    return replace(batch, video=batch.video[chosen], **lists)
+
+
+@contextmanager
+def first_not_finite(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Within the context, the names of the modules whose output is not finite, in the order of their outputs.
+
+    A module's parts come before it, so the first is the innermost.
+    """
+    seen: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple | list) else (output,)
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+                seen.append(name)
+
+        return look
+
+    handles = [
+        module.register_forward_hook(hook(f"{part}.{name}".rstrip(".")))
+        for part, whole in modules.items()
+        for name, module in whole.named_modules()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bad_gradients(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Parameters whose gradient is not finite, the last of each part first, for that is where gradients come from."""
+    for part, module in modules.items():
+        for name, parameter in reversed(list(module.named_parameters())):
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                yield f"the gradient of {part}.{name}"
+
+
+def write_bundle(
+    path: Path, config_yaml: str, modules: Mapping[str, nn.Module], batches: Sequence[Batch], *, step: int
+) -> None:
+    """A folder with all that a step depends on: weights, config, clips as they were read, and the number of the step.
+
+    `batch-<i>.safetensors` holds a micro-batch's `video`; captions, ids and positions are the manifest's.
+    """
+    weights = {part: module.state_dict() for part, module in modules.items()}
+    weights |= {f"batch-{number}": {"video": batch.video.contiguous()} for number, batch in enumerate(batches)}
+    about = [{"ids": b.ids, "captions": b.captions, "positions": b.positions, "indices": b.indices} for b in batches]
+    info = {"step": step, "batches": json.loads(json.dumps(about))}
+    save_checkpoint(path, config_yaml=config_yaml, weights=weights, info=info)
