@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Bad input from the user; the command line prints it as `error: <sentence>` and exits with 2."""
 
 
+class CannotWrite(UserError):
+    """The disk refused: it is full, or read-only, or gone."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The member of `names` that looks most like `name`, or "" when none is close."""
     matches = difflib.get_close_matches(name, list(names), n=1)
