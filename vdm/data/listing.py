@@ -61,7 +61,8 @@ def _parsed(text: str, path: Path, kind: Kind) -> Iterator[tuple[int, object]]:
             for entry in reader:
                 yield reader.line_num, entry
         except csv.Error as error:
-            raise UserError(f"line {reader.line_num} of {path} is not valid CSV: {error}; mend or remove it") from error
+            where = f"what follows line {reader.line_num} of {path}"
+            raise UserError(f"{where} is not valid CSV: {error}; mend or remove it") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold what else ends a line
         if not line.strip():
