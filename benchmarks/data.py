@@ -180,7 +180,7 @@ def write_latents(folder: Path, config: DataConfig) -> CachedLatents:
     """The stream of a cache as of Stable Diffusion's VAE, whose numbers do not matter here."""
     clips = ClipDataset(config, split="train", seed=0, batch_size=1)
     entries = [Entry(clips.source.id(i), clips.source.words(i), 4.0, 4.1) for i in range(len(clips))]
-    plan = Plan({"train": len(clips)}, 0, {"train": len(clips)}, {"train": []}, "")
+    plan = Plan({"train": len(clips)}, 0, {"train": len(clips)}, {"train": []}, "", "float16")
     cache = Cache.start(folder, {}, plan)
     moments = torch.zeros(8, FRAMES, SIZE // 8, SIZE // 8, dtype=torch.float16)
     cache.write_clips("train", 0, entries, {look_name(i, 0, False): moments for i in range(len(clips))})

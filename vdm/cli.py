@@ -215,31 +215,31 @@ def _check_command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.num_workers is not None and options.num_workers < 1:
         raise UserError(f"--num_workers must be at least 1, got {options.num_workers}")
-    if not options.time_limit > 0:
-        raise UserError(f"--time_limit must be above 0, got {options.time_limit}")
+    if not 0 < options.time_limit <= 1e6:
+        raise UserError(f"--time_limit must be above 0, and at most 1e6 seconds, got {options.time_limit}")
 
     from vdm.data.check import check, table, write_report
 
+    if options.json is not None:
+        write_report(options.json, [])  # what cannot be written is better said before than after
     checked = check(options.root, num_workers=options.num_workers, time_limit=options.time_limit)
     if options.json is not None:
         write_report(options.json, checked)
-    print(table(checked))
+    sys.stdout.write(table(checked).encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
     if any(one.bad for one in checked):
         raise BadClipsFound
 
 
 def _view_command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="vdm data view", description="Write a page with the clips and captions that a model will see.")
-    parser.add_argument(
-        "root", type=Path, help="a folder in SSv2 layout or of videos and .txt, or a .jsonl or .csv list"
-    )
+    parser.add_argument("root", help=DATA_HELP)
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="values of the data section")
     parser.flag("--output", type=Path, required=True, metavar="OUT.html", help="the page, which needs no other file")
     parser.flag("--config", type=Path, metavar="CONFIG.yaml", help="a run's config, whose data section and seed count")
     parser.flag("--num_clips", type=int, default=24, metavar="N", help="of the stream of training clips (default 24)")
     options = parser.parse_intermixed_args(arguments)
-    if options.num_clips < 1:
-        raise UserError(f"--num_clips must be at least 1, got {options.num_clips}")
+    if not 1 <= options.num_clips <= 1000:
+        raise UserError(f"--num_clips must be 1 to 1000, or no browser opens the page; got {options.num_clips}")
 
     from vdm.config import Config, load, override
     from vdm.data.view import with_root, write_page

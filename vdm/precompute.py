@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,23 +16,22 @@ from tqdm import tqdm
 from vdm.checkpoint import RunLock
 from vdm.components import build_text_encoder, build_vae
 from vdm.config import Config
-from vdm.data.cache import Cache, Entry, Plan, Split, look_name
-from vdm.data.dataset import ClipDataset
-from vdm.data.latents import Looks, read_looks
+from vdm.data.cache import SPLITS, Cache, Entry, Plan, Split, look_name
+from vdm.data.latents import Looks, digest, read_looks
 from vdm.data.pool import Lost, run_each
 from vdm.data.quarantine import BadClips
 from vdm.data.transforms import Frames, flip
 from vdm.data.video import to_float, to_video
 from vdm.errors import UserError
+from vdm.files import in_words
 from vdm.models import VideoVAE
 from vdm.text.encoder import TextEncoder
-from vdm.training.cached import cache_key, reads_text
+from vdm.training.cached import cache_key, reads_text, streams
 from vdm.training.settings import AUTOCAST
 from vdm.weights import SUFFIX
 
 SHARD_BYTES, MOST_CLIPS = 128 << 20, 256  # of a shard, at most: what is lost when it is killed
 TEXTS_AT_ONCE = 64
-SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 def write_cache(config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -44,8 +41,13 @@ def write_cache(config: Config, folder: Path, *, dtype: torch.dtype, device: tor
     vae = build_vae(config).to(device).eval()
     text = build_text_encoder(config).to(device).eval() if reads_text(config) else None
     key = cache_key(config, vae, text)
+    writer = Writer(config, folder, vae, text, key, dtype, device)
+    if Cache.is_whole(folder, key, writer.plan):
+        print(f"{folder} is whole already")
+        return
     with RunLock(folder, what="cache", remedy="choose another data.cache_dir"):
-        Writer(config, folder, vae, text, key, dtype, device).run()
+        writer.weigh(folder)
+        writer.run(Cache.start(folder, key, writer.plan))
 
 
 class Writer:
@@ -62,26 +64,21 @@ class Writer:
         device: torch.device,
     ) -> None:
         self.config, self.vae, self.text, self.key, self.dtype, self.device = config, vae, text, key, dtype, device
-        self.clips = {split: ClipDataset(config.data, split=split, seed=config.seed, batch_size=1) for split in SPLITS}
+        self.clips = streams(config)
         self.bad = {split: BadClips(clips) for split, clips in self.clips.items()}
-        self.texts, ids = self._texts_and_ids()
-        plan = self._plan(ids)
-        self._weigh(folder, plan)
-        self.cache = Cache.start(folder, key, plan)
+        self.texts = self._all_texts()
+        self.plan = self._plan()
 
     # --- before it starts
 
-    def _texts_and_ids(self) -> tuple[list[str], str]:
-        """All that can be said of the clips, and a hash of which they are."""
-        texts, digest = {""}, hashlib.sha256()
-        for split, clips in self.clips.items():
-            for index in range(len(clips)):
-                words = clips.source.words(index)
-                texts |= clips.wordings(words)[0]
-                digest.update(json.dumps([split, clips.source.id(index), words.caption]).encode())
-        return sorted(texts) if self.text is not None else [], digest.hexdigest()
+    def _all_texts(self) -> list[str]:
+        """All that can be said of the clips, where that is to be kept."""
+        if self.text is None:
+            return []
+        every = (clips.wordings(clips.source.words(i))[0] for clips in self.clips.values() for i in range(len(clips)))
+        return sorted({""}.union(*every))
 
-    def _plan(self, ids: str) -> Plan:
+    def _plan(self) -> Plan:
         num_crops, mirrors = self.config.data.cache_crops, 2 if self.config.data.horizontal_flip else 1
         num_clips = max(1, min(MOST_CLIPS, SHARD_BYTES // (num_crops * mirrors * self._look_bytes)))
         return Plan(
@@ -89,7 +86,8 @@ class Writer:
             num_texts=len(self.texts),
             per_shard={"train": num_clips, "validation": num_clips, "text": max(1, SHARD_BYTES // self._text_bytes)},
             missing={split: clips.missing for split, clips in self.clips.items()},
-            ids=ids,
+            ids=digest(self.clips),
+            dtype=str(self.dtype).removeprefix("torch."),
         )
 
     @property
@@ -102,8 +100,9 @@ class Writer:
     def _text_bytes(self) -> int:
         return self.config.text.context_length * self.config.text.text_width * self.dtype.itemsize
 
-    def _weigh(self, folder: Path, plan: Plan) -> None:
+    def weigh(self, folder: Path) -> None:
         """Say how much of the disk it takes. Raises UserError where that is more than there is."""
+        plan = self.plan
         looks = self.config.data.cache_crops * (2 if self.config.data.horizontal_flip else 1)
         clips = (plan.num_clips["train"] * looks + plan.num_clips["validation"]) * self._look_bytes
         texts = plan.num_texts * self._text_bytes
@@ -119,8 +118,9 @@ class Writer:
 
     # --- making it
 
-    def run(self) -> None:
+    def run(self, cache: Cache) -> None:
         """Write the shards that are not there yet."""
+        self.cache = cache
         for split in SPLITS:
             to_do = self.cache.to_do(split)
             spans = [self.cache.plan.span(split, number) for number in to_do]
@@ -131,6 +131,8 @@ class Writer:
             with tqdm(total=total, initial=total - sum(map(len, spans)), desc=f"{split} clips", unit="clip") as bar:
                 for number in to_do:
                     self._write_clips(split, number, bar)
+        for number in sorted(set(range(cache.plan.num_shards("text"))) - set(cache.to_do("text"))):
+            cache.shard_captions(number)  # a damaged one is better named now than in training
         for number in tqdm(self.cache.to_do("text"), desc="texts", unit="shard", disable=self.text is None):
             texts = [self.texts[i] for i in self.cache.plan.span("text", number)]
             contexts = torch.cat(
@@ -200,8 +202,7 @@ class Writer:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.cache.folder} cannot be written ({error.strerror or error}); free some space, and the same "
-                "command goes on"
+                f"{self.cache.folder} cannot be written ({in_words(error)}); mend that, and the same command goes on"
             ) from error
 
 

@@ -22,6 +22,7 @@ PLAN = Plan(
     per_shard={"train": 2, "validation": 2, "text": 2},
     missing={"train": [("7", "no file")], "validation": []},
     ids="x",
+    dtype="float16",
 )
 
 
@@ -119,14 +120,20 @@ def test_folders_that_are_no_caches(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="is no cache and not empty; choose another data.cache_dir"):
         Cache.start(tmp_path, KEY, PLAN)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write .*; choose another data.cache_dir"):
         Cache.start(tmp_path / "thesis.tex", KEY, PLAN)
     (tmp_path / "thesis.tex").unlink()
     write(tmp_path)
     index = json.loads((tmp_path / "cache.json").read_text())
     for damage, sentence in (
-        ("{", "cannot be read"),
-        (json.dumps({**index, "plan": {}}), "cannot be read"),
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        (json.dumps({**index, "plan": {**index["plan"], "num_clips": {}}}), "is damaged"),
+        (
+            json.dumps({**index, "plan": {**index["plan"], "per_shard": {"train": 0, "validation": 1, "text": 1}}}),
+            "is damaged",
+        ),
+        (json.dumps({**index, "plan": {}}), "is damaged"),
         (json.dumps({**index, "format_version": 99}), "was written by a newer vdm"),
     ):
         (tmp_path / "cache.json").write_text(damage)
@@ -138,5 +145,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     shard = tmp_path / "train-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-3])
-    with pytest.raises(UserError, match="train-00001.safetensors cannot be read as a weight file .*truncated"):
+    with pytest.raises(
+        UserError, match="train-00001.safetensors is damaged .*truncated.*; remove it, and vdm data cache makes it anew"
+    ):
         Cache.open(tmp_path, KEY).entries("train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_good_and_short_sets_pass(command: Command, good: Path, tmp_path: Path) 
         ("PLACE/empty", "holds no video"),
         ("PLACE/empty --num_workers 0", "--num_workers must be at least 1"),
         ("PLACE/empty --time_limit 0", "--time_limit must be above 0"),
-        ("GOOD --json PLACE/file/x.json", "cannot be written"),
+        ("GOOD --json PLACE/file/x.json", "cannot write .*; choose another --"),
         ("", "arguments are required: DIR"),
     ],
 )
@@ -173,3 +174,72 @@ class _Fatal:
 def test_the_table_of_nothing_decodable() -> None:
     lines = table([Checked("1", "1.mp4", problem="no file")]).splitlines()
     assert lines == ["1 clips: 0 good, 0 short, 1 bad", "  1: no file (1.mp4)"]
+
+
+def test_a_damaged_list_of_a_split_is_not_passed_over(good: Path, tmp_path: Path, command: Command) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(good, root)
+    entries = json.loads(next(root.rglob("*train.json")).read_text()) if list(root.rglob("*train.json")) else None
+    whole = next(path for path in root.rglob("*.json") if path.stem in ("annotations", "train"))
+    (whole.parent / "validation.json").write_text(json.dumps((entries or json.loads(whole.read_text()))[:1]))
+    whole.write_text(whole.read_text()[:100])
+    assert "cannot be read" in command("vdm", "data", "check", root).error
+
+
+def test_a_clip_that_changes_its_size_is_checked(tmp_path: Path) -> None:
+    for name, size in (("a", 48), ("b", 64)):
+        write_ts(tmp_path / f"{name}.ts", size)
+    both = (tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes()
+    (tmp_path / "c.ts").write_bytes(both)
+    found = check_clip(ClipFile("c", tmp_path / "c.ts", "x"))
+    assert found.frames >= 15, "the last of one half may be lost in the seam"
+    assert not (found.problem or "").startswith("it cannot be checked")
+
+
+def write_ts(path: Path, size: int) -> None:
+    clip = render_clip(0, seed=0, height=size, width=size, num_frames=8, fps=8)
+    with av.open(str(path), "w", format="mpegts") as file:
+        stream = file.add_stream("mpeg2video", rate=25)
+        stream.height, stream.width, stream.pix_fmt = size, size, "yuv420p"
+        for pixels in clip.frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+
+
+def test_whatever_one_clip_does_the_others_are_checked(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = checking.scan
+
+    def fail_once(path: Any) -> Any:
+        if path.stem == "3":
+            raise RuntimeError("out of ideas")
+        return scan(path)
+
+    monkeypatch.setattr(checking, "scan", fail_once)
+    found = {one.id: one.problem for one in check(good, num_workers=2)}
+    assert len(found) == 6 and found["3"] == "it cannot be checked: RuntimeError: out of ideas"
+
+
+def test_what_is_no_plain_file_is_named(good: Path, tmp_path: Path) -> None:
+    """A pipe in place of a clip or caption would be waited for in vain."""
+    for name in ("a", "b", "c"):
+        shutil.copy(next(good.glob("*/1.mp4")), tmp_path / f"{name}.mp4")
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "b.txt")
+    os.mkfifo(tmp_path / "d.mp4")
+    (tmp_path / "d.txt").write_text("d")
+    odd = os.fsdecode(b"e\xff.mp4")
+    shutil.copy(tmp_path / "a.mp4", tmp_path / odd)
+    problems = {one.id: one.problem for one in check(tmp_path, time_limit=10)}
+    assert problems["b"] == "its caption file b.txt is no plain file"
+    assert problems["d"] == "it is no plain file, or nobody may read it"
+    assert problems["a"] is None and len(problems) == 5
+    table(check(tmp_path, time_limit=10))
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    good: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "check", lambda *_, **__: pytest.fail("it has begun"))
+    assert "cannot write" in command("vdm", "data", "check", good, "--json", tmp_path).error
+    assert "at most 1e6 seconds" in command("vdm", "data", "check", good, "--time_limit", "inf").error

@@ -146,7 +146,7 @@ def encode(frames: np.ndarray) -> Tensor:
 def written(config: DataConfig, folder: Path, split: Split = "train") -> Cache:
     """The cache of one split, with `encode` for a VAE."""
     source = clips(config, split=split)
-    plan = Plan({split: len(source)}, 0, {split: 3}, {split: source.missing}, "")
+    plan = Plan({split: len(source)}, 0, {split: 3}, {split: source.missing}, "", "uint8")
     cache = Cache.start(folder, {}, plan)
     for number in range(plan.num_shards(split)):
         entries, kept = [], {}

@@ -99,3 +99,50 @@ def test_a_listed_set_is_trained_on(tmp_path: Path) -> None:
     clips = ClipDataset(config, split="train", seed=0, batch_size=2)
     assert len(clips) == 9 and clips[0]["video"].shape == (3, 4, 16, 16)
     assert clips[0]["caption"] == f"clip {clips[0]['id'].removeprefix('clips/')}, with a comma"
+
+
+def test_lines_end_where_json_and_csv_say(tmp_path: Path) -> None:
+    """A caption may hold what other texts break lines at."""
+    captions = ["one\u2028line", "one\u0085line", 'said "so",\nthen this']
+    entries = [{"file": f"{i}.mp4", "caption": caption} for i, caption in enumerate(captions)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(e, ensure_ascii=False) for e in entries), encoding="utf-8")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["file", "caption"])
+        writer.writeheader()
+        writer.writerows(entries)
+    for kind in ("jsonl", "csv"):
+        clips = [c for split in ("train", "validation") for c in find_listed(tmp_path / f"a.{kind}", split, kind=kind)]
+        assert sorted(clip.caption for clip in clips) == sorted(captions), kind
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "a.csv",
+            'file,caption\nc0.mp4,"unterminated\nc1.mp4,good\n',
+            "what follows line 1 of .* is not valid CSV: unexpected end",
+        ),
+        (
+            "a.csv",
+            f"file,caption\nc0.mp4,{'x' * 200_000}\n",
+            "what follows line 1 of .* is not valid CSV: field larger",
+        ),
+        ("a.jsonl", "[" * 100_000, "line 1 of .* is not valid JSON"),
+    ],
+)
+def test_lines_that_are_none(tmp_path: Path, name: str, content: str, sentence: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        find_listed(tmp_path / name, "train", kind=name[2:])  # type: ignore[arg-type]
+
+
+def test_names_that_no_file_can_have_cost_their_line_alone(tmp_path: Path) -> None:
+    names = ["x" * 300 + ".mp4", "a\ud800.mp4", "null\0.mp4", "b.mp4"]
+    lines = [json.dumps({"file": name, "caption": "c"}) for name in names]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.mp4").write_bytes(b"")
+    clips = [c for split in ("train", "validation") for c in find_listed(tmp_path / "a.jsonl", split, kind="jsonl")]
+    assert {clip.path.name: clip.problem for clip in clips} == {
+        name: "" if name == "b.mp4" else "no file" for name in names
+    }

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from vdm.data import video
 from vdm.data.sheet import contact_sheet
+from vdm.data.transforms import Crop
 from vdm.data.video import UnreadableClip, read_clip, to_float, to_uint8, to_video, write_video
 from vdm.errors import UserError
 
@@ -363,3 +364,29 @@ def test_the_contact_sheet_has_a_row_and_a_caption_for_each_clip(tmp_path):
 def test_captions_outside_ascii_are_drawn_all_the_same(tmp_path):
     contact_sheet(tmp_path / "sheet.png", [grey_steps(1)], captions=["caf\u00e9 \u4f60"], columns_frames=3)
     assert cv2.imread(str(tmp_path / "sheet.png")).shape[1] == 3 * 48
+
+
+@pytest.mark.parametrize("start", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("crop", [None, Crop(16, 16)])
+def test_a_clip_whose_colours_cannot_be_told_is_unreadable(tmp_path, start, crop):
+    """YCgCo, which libav does not convert: wherever the window begins, not a byte is made up."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options=video.X264)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.colorspace = 8
+        for pixels in grey_steps(12):
+            frame = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+            frame.colorspace = 8
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UnreadableClip, match=r"its colours \(yuv420p\) cannot be told"):
+        read_clip(path, fps=10, num_frames=3, start=start, crop=crop)
+
+
+def test_a_file_too_large_to_hold_is_read_twice(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", grey_steps(20), fps=10)
+    at_once = read_clip(tmp_path / "clip.mp4", fps=10, num_frames=6, start=0.4)
+    monkeypatch.setattr(video, "MAX_HELD", 100)
+    assert listed(tmp_path / "clip.mp4")[0] is None
+    np.testing.assert_array_equal(read_clip(tmp_path / "clip.mp4", fps=10, num_frames=6, start=0.4), at_once)

@@ -110,10 +110,10 @@ def test_a_caption_is_text_and_not_code(command: Command, clips: Path, tmp_path:
     [
         ("PLACE/nowhere --output PLACE/o.html", "data folder .*nowhere does not exist"),
         ("CLIPS", "arguments are required: --output"),
-        ("CLIPS --output PLACE/o.html --num_clips 0", "--num_clips must be at least 1"),
+        ("CLIPS --output PLACE/o.html --num_clips 0", "--num_clips must be 1 to 1000"),
         ("CLIPS --output PLACE/o.html data.hight=3", "unknown key data.hight; did you mean"),
         ("CLIPS --output PLACE/file/o.html data.height=32 data.width=32 data.max_frames=16 --num_clips 1",
-         "cannot be written"),
+         "cannot write .*; choose another --"),
         ("PLACE/no.jsonl --output PLACE/o.html", "data list .*no.jsonl does not exist"),
     ],
 )  # fmt: skip

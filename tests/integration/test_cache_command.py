@@ -262,3 +262,57 @@ def test_bad_input_is_one_sentence(
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "has too little room for the cache" in command(*cache, f"data.cache_dir={tmp_path / 'd'}").error
+
+
+def test_a_cache_of_other_clips_or_captions_is_refused(root: Path, command: Command, tmp_path: Path) -> None:
+    copy, cache = tmp_path / "copy", f"data.cache_dir={tmp_path / 'cache'}"
+    shutil.copytree(root, copy)
+    arguments = (TINY, *overrides(copy), cache)
+    assert command("vdm", "data", "cache", *arguments).code == 0
+    moved = tmp_path / "moved"
+    copy.rename(moved)
+    common = (TINY, *overrides(moved), cache, "max_train_steps=1")
+    assert command("train.py", *common, f"run_dir={tmp_path / 'a'}").code == 0, "the same clips elsewhere"
+    gone = command("train.py", *arguments, "max_train_steps=1", f"run_dir={tmp_path / 'b'}")
+    assert gone.code == 0 and f"the clips of data.root={copy} are not here" in gone.err
+
+    video = next(moved.glob("*/7.mp4"))
+    was = video.read_bytes()
+    shutil.copy(next(moved.glob("*/8.mp4")), video)
+    sentence = "is stale: it was made of other clips or captions than data.root="
+    assert sentence in command("train.py", *common, f"run_dir={tmp_path / 'c'}").error
+    assert "was begun with other clips" in command("vdm", "data", "cache", *common).error
+    video.write_bytes(was)
+    assert command("train.py", *common, f"run_dir={tmp_path / 'd'}").code == 0
+    for labels in moved.rglob("*.json"):
+        labels.write_text(labels.read_text().replace("red", "blue"))
+    assert sentence in command("train.py", *common, f"run_dir={tmp_path / 'e'}").error
+
+
+def test_damaged_and_exchanged_shards_are_named(root: Path, command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    arguments = (TINY, *overrides(root), f"data.cache_dir={folder}")
+    assert command("vdm", "data", "cache", *arguments).code == 0
+    good = shards(folder)
+    damages = {
+        "train-00000": good["validation-00000.safetensors"],
+        "text-00000": good["text-00000.safetensors"][:3000],
+        "validation-00000": b"",
+    }
+    for name, content in damages.items():
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(content)
+        for told in (
+            command("train.py", *arguments, f"run_dir={tmp_path / 'r'}"),
+            command("vdm", "data", "cache", *arguments),
+        ):
+            assert f"{path} is damaged (" in told.error and "remove it, and vdm data cache makes it anew" in told.error
+        path.unlink()
+        assert command("vdm", "data", "cache", *arguments).code == 0 and shards(folder) == good
+
+
+def test_another_precision_is_another_cache(root: Path, made: Path, command: Command) -> None:
+    told = command("vdm", "data", "cache", TINY, *overrides(root), f"data.cache_dir={made}", "--dtype", "bf16")
+    assert "holds float32; give the same --dtype, or another data.cache_dir" in told.error
+    whole = command("vdm", "data", "cache", TINY, *overrides(root), f"data.cache_dir={made}", "--dtype", "fp32")
+    assert whole.code == 0 and "is whole already" in whole.out

@@ -23,12 +23,15 @@ from torch import Tensor
 from vdm.data.quarantine import Bad
 from vdm.data.sources import Words
 from vdm.errors import UserError
+from vdm.files import in_words, names_in, replacing
 from vdm.weights import SUFFIX, Weights, open_weights, read_metadata, write_safetensors
 
 INDEX = "cache.json"
 FORMAT_VERSION = 1
 Split = Literal["train", "validation"]
 Part = Literal["train", "validation", "text"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+PARTS: tuple[Part, ...] = (*SPLITS, "text")
 Key = Mapping[str, object]
 
 
@@ -53,13 +56,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole cache holds. `ids` is a hash of the clips and captions that it is made of, in their order."""
+    """What a whole cache holds. `ids` is the `digest` of the clips that it is made of."""
 
     num_clips: Mapping[str, int]  # of each split
     num_texts: int
     per_shard: Mapping[str, int]  # clips, or texts
     missing: Mapping[str, Bad]  # clips of each split that are known to be unusable
     ids: str
+    dtype: str  # of the numbers
 
     def num_shards(self, part: Part) -> int:
         count = self.num_texts if part == "text" else self.num_clips[part]
@@ -88,14 +92,34 @@ class Cache:
         """Begin a cache, or go on with one of the same key. Raises UserError where the folder holds another."""
         index = _read_index(folder)
         if index is None:
-            if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-                raise UserError(f"{folder} is no cache and not empty; choose another data.cache_dir")
+            _refuse_strangers(folder)
             _write_index(folder, key, plan, whole=False)
         else:
             _refuse_other(folder, index["key"], key)
-            if _plan_of(index) != plan:
+            theirs = _plan_of(index)
+            if theirs.dtype != plan.dtype:
+                raise UserError(f"{folder} holds {theirs.dtype}; give the same --dtype, or another data.cache_dir")
+            if theirs != plan:
                 raise UserError(f"{folder} was begun with other clips than there are now; remove it and start again")
         return Cache(folder, plan)
+
+    @staticmethod
+    def is_whole(folder: Path, key: Key, plan: Plan) -> bool:
+        """Whether such a cache is there already, and all its shards are what they should be. Raises UserError where
+        the folder holds something else."""
+        index = _read_index(folder)
+        if index is None:
+            _refuse_strangers(folder)
+            return False
+        _refuse_other(folder, index["key"], key)
+        cache = Cache(folder, _plan_of(index))
+        if cache.plan != plan or not index["whole"] or any(map(cache.to_do, PARTS)):
+            return False
+        for split in SPLITS:
+            cache.entries(split)
+        for number in range(plan.num_shards("text")):
+            cache.shard_captions(number)
+        return True
 
     def path(self, part: Part, number: int) -> Path:
         return self.folder / f"{part}-{number:05d}{SUFFIX}"
@@ -106,12 +130,12 @@ class Cache:
 
     def write_clips(self, split: Split, number: int, entries: Sequence[Entry], latents: Mapping[str, Tensor]) -> None:
         """A shard; `latents` are named by `look_name`. Raises OSError."""
-        metadata = {"clips": json.dumps([entry.as_json() for entry in entries])}
+        metadata = {"of": f"{split} {number}", "clips": json.dumps([entry.as_json() for entry in entries])}
         write_safetensors(self.path(split, number), latents, metadata=metadata)
 
     def write_texts(self, number: int, captions: Sequence[str], contexts: Tensor) -> None:
         """A shard of contexts (N, L, D). Raises OSError."""
-        metadata = {"captions": json.dumps(list(captions))}
+        metadata = {"of": f"text {number}", "captions": json.dumps(list(captions))}
         write_safetensors(self.path("text", number), {"context": contexts}, metadata=metadata)
 
     def finish(self, key: Key) -> None:
@@ -128,8 +152,7 @@ class Cache:
             raise UserError(f"{folder} is no cache; make it with: vdm data cache CONFIG.yaml data.cache_dir={folder}")
         _refuse_other(folder, index["key"], key)
         cache = Cache(folder, _plan_of(index))
-        parts: tuple[Part, ...] = ("train", "validation", "text")
-        missing = sum(len(cache.to_do(part)) for part in parts)
+        missing = sum(len(cache.to_do(part)) for part in PARTS)
         if missing or not index["whole"]:
             raise UserError(f"{folder} is not whole, {missing} shards are missing; vdm data cache goes on with it")
         return cache
@@ -154,7 +177,7 @@ class Cache:
         """Of captions that it has (B, L, D). Raises UserError for another."""
         if not self._places:
             for number in range(self.plan.num_shards("text")):
-                for row, caption in enumerate(self._told("text", number, "captions")):
+                for row, caption in enumerate(self.shard_captions(number)):
                     self._places[caption] = number, row
         rows = []
         for caption in captions:
@@ -164,19 +187,40 @@ class Cache:
             rows.append(self._shard("text", number)["context"][row])
         return torch.stack(rows)
 
+    def shard_captions(self, number: int) -> list[str]:
+        """Of the contexts in one shard."""
+        return self._told("text", number, "captions")
+
     def _told(self, part: Part, number: int, name: str) -> list[Any]:
-        """What the metadata of a shard say. Raises UserError where it is damaged."""
+        """What the metadata of a shard say. Raises UserError where it is damaged, or is another."""
         path = self.path(part, number)
-        open_weights(path)  # which says what is amiss with it
+        self._shard(part, number)
         try:
-            return list(json.loads(read_metadata(path)[name]))
+            metadata = read_metadata(path)
+            told = list(json.loads(metadata[name]))
+            if metadata["of"] != f"{part} {number}" or len(told) != len(self.plan.span(part, number)):
+                raise ValueError("it is another shard's")
         except (LookupError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged; remove it, and vdm data cache makes it anew") from error
+            raise _damaged(path, str(error)) from error
+        return told
 
     def _shard(self, part: Part, number: int) -> Weights:
         if (part, number) not in self._open:
-            self._open[part, number] = open_weights(self.path(part, number))
+            path = self.path(part, number)
+            try:
+                self._open[part, number] = open_weights(path)
+            except UserError as error:
+                raise _damaged(path, str(error).rpartition(";")[0]) from error
         return self._open[part, number]
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged ({reason}); remove it, and vdm data cache makes it anew")
+
+
+def _refuse_strangers(folder: Path) -> None:
+    if folder.is_dir() and any(not path.name.startswith(".") for path in names_in(folder)):
+        raise UserError(f"{folder} is no cache and not empty; choose another data.cache_dir")
 
 
 def look_name(index: int, crop: int, mirrored: bool) -> str:
@@ -186,32 +230,35 @@ def look_name(index: int, crop: int, mirrored: bool) -> str:
 def _read_index(folder: Path) -> dict[str, Any] | None:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if index["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{folder} was written by a newer vdm; update vdm, or remove it")
-        assert isinstance(index["key"], dict) and isinstance(index["whole"], bool)
+        newer = index["format_version"] > FORMAT_VERSION
+        assert isinstance(index["key"], dict) and isinstance(index["whole"], bool), "it is no index"
         _plan_of(index)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise UserError(f"{folder / INDEX} cannot be read ({error}); remove the folder and make it anew") from error
+    except OSError as error:
+        raise UserError(f"{folder / INDEX} cannot be read: {in_words(error)}; change that") from error
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise UserError(f"{folder / INDEX} is damaged ({error}); remove the folder and make it anew") from error
+    if newer:
+        raise UserError(f"{folder} was written by a newer vdm; update vdm, or remove it")
     return dict(index)
 
 
 def _plan_of(index: Mapping[str, Any]) -> Plan:
-    plan = dict(index["plan"])
-    plan["missing"] = {split: [(name, reason) for name, reason in bad] for split, bad in plan["missing"].items()}
-    return Plan(**plan)
+    """Raises all that a damaged index may lead to."""
+    told = dict(index["plan"])
+    told["missing"] = {split: [(name, reason) for name, reason in told["missing"][split]] for split in SPLITS}
+    plan = Plan(**told)
+    counts = [plan.num_texts, *(plan.num_clips[split] for split in SPLITS), *plan.per_shard.values()]
+    assert all(type(count) is int and count >= 0 for count in counts), "its numbers are none"
+    assert all(plan.per_shard[part] > 0 for part in PARTS), "its shards are empty"
+    return plan
 
 
 def _write_index(folder: Path, key: Key, plan: Plan, *, whole: bool) -> None:
     tree = {"format_version": FORMAT_VERSION, "whole": whole, "key": key, "plan": asdict(plan)}
-    temporary = folder / f".{INDEX}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / INDEX)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another data.cache_dir") from error
+    with replacing(folder / INDEX, remedy="choose another data.cache_dir") as file:
+        file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def _refuse_other(folder: Path, theirs: Key, ours: Key) -> None:

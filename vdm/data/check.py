@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +17,10 @@ from vdm.data.captions import caption
 from vdm.data.clips import duration
 from vdm.data.find import find_clips, guess_format
 from vdm.data.pool import Lost, run_each
-from vdm.data.ssv2 import ClipFile, Split
+from vdm.data.ssv2 import ClipFile, NoFiles, NoSuchSplit, Split
 from vdm.data.video import UnreadableClip, scan
 from vdm.errors import UserError
+from vdm.files import replacing
 
 SHORT = "short: "  # how the problem of a clip begins that is merely short
 FROZEN_SHARE = 0.8  # a clip more of whose frames show what the one before does is no moving picture
@@ -46,16 +48,19 @@ class Checked:
 
 
 def find_all(root: Path | str) -> list[ClipFile]:
-    """Every clip that a data set of any format lists, each id once. Raises UserError where there is none."""
+    """Every clip that a data set of any format lists, each file once. Raises UserError where there is none."""
     config = guess_format(str(root))
-    found: dict[str, ClipFile] = {}
+    found: dict[tuple[str, str], ClipFile] = {}
     errors: list[UserError] = []
     splits: tuple[Split, ...] = ("train", "validation", "test")
     for split in splits:
         try:
             for clip in find_clips(config, split):
-                found.setdefault(clip.id, clip)
-        except UserError as error:  # not every data set has all splits
+                found.setdefault((clip.id, str(clip.path)), clip)
+        except NoSuchSplit as error:  # not every data set has all splits
+            errors.append(error)
+        except NoFiles as error:
+            print(f"note: {error}", file=sys.stderr)
             errors.append(error)
     if not found:
         raise errors[0]
@@ -71,6 +76,8 @@ def check_clip(clip: ClipFile) -> Checked:
         found = scan(clip.path)
     except UnreadableClip as error:
         return replace(blank, problem=error.reason)
+    except Exception as error:  # one file, whatever it is, must not end the check of all others
+        return replace(blank, problem=f"it cannot be checked: {type(error).__name__}: {error}")
     count, seconds = len(found.times), duration(found.times)
     elapsed = float(found.times[-1] - found.times[0])
     fps = (count - 1) / elapsed if elapsed > 0 else 0.0
@@ -103,11 +110,8 @@ def check(root: Path | str, *, num_workers: int | None = None, time_limit: float
 
 def write_report(path: Path, checked: Sequence[Checked]) -> None:
     """The records as a JSON list. Raises UserError where the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(one) for one in checked], indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --json file") from error
+    with replacing(path, remedy="choose another --json file") as file:
+        file.write_text(json.dumps([asdict(one) for one in checked], indent=1) + "\n", encoding="utf-8")
 
 
 def table(checked: Sequence[Checked]) -> str:

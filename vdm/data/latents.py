@@ -6,15 +6,17 @@ would be cut from the file.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from vdm.data.cache import Cache, Entry
+from vdm.data.cache import Cache, Entry, Split
 from vdm.data.clips import window_offset
 from vdm.data.dataset import LIGHT, PLACE, ClipDataset, Sample
 from vdm.data.quarantine import Bad
@@ -157,8 +159,25 @@ class _CachedSource:
     def caption(self, index: int) -> str:
         return self.words(index).caption
 
+    def num_bytes(self, index: int) -> int:
+        raise AssertionError("a cache has no files")
+
     def load(self, index: int, cut: Cut) -> Loaded:
         raise AssertionError("a cache has no pixels")
+
+
+def digest(streams: Mapping[Split, ClipDataset]) -> str:
+    """SHA-256 of which clips there are in each split: their ids, and the captions and sizes of their files.
+
+    Rendered clips have no files, and their seed says all.
+    """
+    told = hashlib.sha256()
+    for split, clips in streams.items():
+        for index in range(len(clips)):
+            size = clips.source.num_bytes(index)
+            about = [split, clips.source.id(index), size, clips.source.caption(index) if size else ""]
+            told.update(json.dumps(about).encode())
+    return told.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 from vdm.data.captions import filled
-from vdm.data.ssv2 import ClipFile, Split, validation_ids
+from vdm.data.ssv2 import ClipFile, NoSuchSplit, Split, validation_ids
 from vdm.errors import UserError
+from vdm.files import is_file
 
 Kind = Literal["jsonl", "csv"]
 
@@ -32,7 +34,7 @@ def find_listed(root: str | Path, split: Split, *, kind: Kind) -> list[ClipFile]
         if (name in held_out) == (split == "validation")
     ]  # fmt: skip
     if split == "test" or not wanted:
-        raise UserError(f"the {split} split of {path} is empty: of {len(entries)} clips none is left for it")
+        raise NoSuchSplit(f"the {split} split of {path} is empty: of {len(entries)} clips none is left for it")
     return wanted
 
 
@@ -54,14 +56,20 @@ def _entries(path: Path, kind: Kind) -> Iterator[Mapping[str, object]]:
 
 def _parsed(text: str, path: Path, kind: Kind) -> Iterator[tuple[int, object]]:
     if kind == "csv":
-        yield from enumerate(csv.DictReader(text.splitlines()), start=2)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            for entry in reader:
+                yield reader.line_num, entry
+        except csv.Error as error:
+            where = f"what follows line {reader.line_num} of {path}"
+            raise UserError(f"{where} is not valid CSV: {error}; mend or remove it") from error
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold what else ends a line
         if not line.strip():
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"line {number} of {path} is not valid JSON: {error}; mend or remove it") from error
 
 
@@ -69,5 +77,5 @@ def _clip(path: Path, entry: Mapping[str, object]) -> ClipFile:
     name = str(entry["file"])
     file, caption = path.parent / name, entry.get("caption")
     text = caption.strip() if isinstance(caption, str) else ""
-    problem = "no file" if not file.is_file() else "" if text else "it has no caption"
+    problem = "no file" if not is_file(file) else "" if text else "it has no caption"
     return ClipFile(str(Path(name).with_suffix("")), file, text, problem, *filled(entry))

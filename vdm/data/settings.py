@@ -9,6 +9,8 @@ from typing import Literal
 from vdm.data.video import ShortPolicy
 from vdm.errors import UserError
 
+MOST_SECONDS = 1e6  # that a timer is set to
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -63,8 +65,10 @@ class DataConfig:
             raise UserError(f"data.max_frames={self.max_frames} is below data.min_frames={self.min_frames}; raise it")
         if not (self.fps > 0 and math.isfinite(self.fps)):
             raise UserError(f"data.fps must be above 0, got {self.fps}")
-        if not 0 <= self.decode_timeout < math.inf:
-            raise UserError(f"data.decode_timeout must be at least 0 seconds, got {self.decode_timeout}")
+        if not 0 <= self.decode_timeout <= MOST_SECONDS:
+            raise UserError(f"data.decode_timeout must be 0 to {MOST_SECONDS:g} seconds, got {self.decode_timeout}")
+        if self.cache_dir == "":
+            raise UserError("data.cache_dir must name a folder, or be null")
         if self.dataloader_num_workers < 0:
             raise UserError(f"data.dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
         if not 0 <= self.max_bad_share <= 1:

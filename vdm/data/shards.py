@@ -17,7 +17,7 @@ import fsspec
 
 from vdm.data.captions import filled
 from vdm.data.packed import Packed
-from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, Split, validation_ids
+from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, NoSuchSplit, Split, validation_ids
 from vdm.errors import UserError
 
 CAPTIONS = (".txt", ".json")
@@ -39,7 +39,7 @@ def find_shards(root: str, split: Split) -> list[ClipFile]:
     held_out = validation_ids(clips) if clips else frozenset()
     chosen = [clip for name, clip in clips.items() if (name in held_out) == (split == "validation")]
     if split == "test" or not chosen:
-        raise UserError(f"the {split} split of {root} is empty: of {len(clips)} clips none is left for it")
+        raise NoSuchSplit(f"the {split} split of {root} is empty: of {len(clips)} clips none is left for it")
     return chosen
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from vdm.data.transforms import Frames
-from vdm.data.video import replacing
+from vdm.files import replacing
 
 FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.45)
 LINE_HEIGHT, MARGIN = 18, 5

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from vdm.data.clips import duration
 from vdm.data.mini_something import Rendered, render_clip
+from vdm.data.packed import Packed
 from vdm.data.ssv2 import ClipFile
 from vdm.data.transforms import Crop, Frames
 from vdm.data.video import ShortPolicy, Window, read_window
@@ -52,6 +53,10 @@ class Source(Protocol):
 
     def words(self, index: int) -> Words: ...
 
+    def num_bytes(self, index: int) -> int:
+        """Of the clip's file; 0 where there is none."""
+        ...
+
     def load(self, index: int, cut: Cut) -> Loaded:
         """A clip; raises UnreadableClip, or ShortClip where short ones are dropped."""
         ...
@@ -76,6 +81,15 @@ class FileSource:
 
     def caption(self, index: int) -> str:
         return self.clips[index].caption
+
+    def num_bytes(self, index: int) -> int:
+        path = self.clips[index].path
+        if isinstance(path, Packed):
+            return path.size
+        try:
+            return path.stat().st_size
+        except OSError:  # which will be named when it is read
+            return 0
 
     def words(self, index: int) -> Words:
         clip = self.clips[index]
@@ -106,6 +120,9 @@ class RenderedSource:
 
     def caption(self, index: int) -> str:
         return self.words(index).caption
+
+    def num_bytes(self, index: int) -> int:
+        return 0
 
     def words(self, index: int) -> Words:
         return _words(self._render(index, height=16, width=16, num_frames=1))  # they do not depend on the size

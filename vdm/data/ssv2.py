@@ -12,6 +12,7 @@ from typing import Literal
 from vdm.data.captions import caption, filled
 from vdm.data.packed import Packed
 from vdm.errors import UserError
+from vdm.files import is_file, names_in
 
 Split = Literal["train", "validation", "test"]
 
@@ -38,6 +39,14 @@ class ClipFile:
     placeholders: tuple[str, ...] = ()
 
 
+class NoSuchSplit(UserError):
+    """A data set has no clips for a split."""
+
+
+class NoFiles(UserError):
+    """Of all clips of a split there is no file."""
+
+
 def find_ssv2(root: str | Path, split: Split) -> list[ClipFile]:
     """The clips of one split as the annotations order them; `problem` marks those without a file or a caption.
 
@@ -51,10 +60,10 @@ def find_ssv2(root: str | Path, split: Split) -> list[ClipFile]:
     files = _files_by_stem(folder)
     clips = [_clip(entry, files, folder, captioned=split != "test") for entry in entries]
     if not clips:
-        raise UserError(f"the {split} split of {source} is empty; it needs at least one clip")
+        raise NoSuchSplit(f"the {split} split of {source} is empty; it needs at least one clip")
     if not any(clip.id in files for clip in clips):
         places = ", ".join(str(folder / name) for name in CLIP_FOLDERS)
-        raise UserError(
+        raise NoFiles(
             f"none of the {len(clips)} {split} clips that {source} lists (such as {clips[0].id}) "
             f"has a file in {places}; put the videos into one of them, named ID.webm or with another extension"
         )
@@ -69,7 +78,9 @@ def has_annotations(root: str | Path) -> bool:
 
 def validation_ids(ids: Iterable[str]) -> frozenset[str]:
     """The tenth of the ids with the smallest hash, at least one: the same on every machine, and whatever the order."""
-    ordered = sorted(set(ids), key=lambda name: (hashlib.sha256(name.encode()).hexdigest(), name))
+    ordered = sorted(
+        set(ids), key=lambda name: (hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest(), name)
+    )
     return frozenset(ordered[: max(1, len(ordered) // 10)])
 
 
@@ -104,12 +115,12 @@ def _find(folder: Path, name: str) -> Path | None:
     """The first file of that name in the places and spellings that the two releases use."""
     prefixes = ("",) if name == "annotations" else PREFIXES
     candidates = (folder / place / f"{prefix}{name}.json" for place in ANNOTATION_FOLDERS for prefix in prefixes)
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if is_file(path)), None)
 
 
 def _no_annotations(folder: Path, split: Split) -> UserError:
     whole = "" if split == "test" else "annotations.json, "
-    return UserError(
+    return NoSuchSplit(
         f"data folder {folder} has no annotations for the {split} split: looked for {whole}{split}.json and "
         f"something-something-v2-{split}.json there and in labels/; set data.root to the folder that holds them, "
         "or data.format=folder for videos with a .txt beside each"
@@ -120,12 +131,12 @@ def _read(path: Path) -> list[dict[str, object]]:
     """The entries of one annotation file, each with its id as text."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"annotation file {path} cannot be read: {error}; it must be a JSON list") from error
     if not isinstance(content, list):
         raise UserError(f"annotation file {path} holds no JSON list; Something-Something lists its clips in one")
     for number, entry in enumerate(content):
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int) or entry["id"] == "":
             raise UserError(f"entry {number} of annotation file {path} has no id; each needs one, like '78687'")
     return [{**entry, "id": str(entry["id"])} for entry in content]
 
@@ -136,7 +147,7 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
     for place in CLIP_FOLDERS:
         if not (folder / place).is_dir():
             continue
-        files = (path for path in (folder / place).iterdir() if path.is_file() and not path.name.startswith("."))
+        files = (path for path in names_in(folder / place) if is_file(path) and not path.name.startswith("."))
         for path in sorted(files, key=lambda path: (path.suffix.lower() not in VIDEO_EXTENSIONS, path.name)):
             found.setdefault(path.stem, path)
     return found

@@ -7,7 +7,6 @@ libav's own messages off stderr; what matters of them reaches the user in one se
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from vdm.data.clips import duration, frame_indices
 from vdm.data.colour import to_rgb, to_yuv
 from vdm.data.packed import File, Packed
 from vdm.data.transforms import Crop, Frames
-from vdm.errors import CannotWrite, UserError
+from vdm.errors import UserError
+from vdm.files import in_words, replacing
 
 ShortPolicy = Literal["hold", "loop", "drop"]
 
@@ -124,7 +124,9 @@ def read_window(path: File, window: Window, crop: Crop | None) -> tuple[Frames, 
         # The codec shows other frames than the container lists (hidden or damaged ones): believe the codec.
         times = _decode(path, ALL)[1]
         wanted = window.indices(path, times)
-        frames, _ = _decode(path, wanted, crop)
+        frames, seen = _decode(path, wanted, crop)
+        if len(seen) <= wanted.max():
+            raise UnreadableClip(path, "each time other frames of it decode")
     return frames, times
 
 
@@ -176,7 +178,7 @@ def _decoded(
             if not stamps:
                 size = frame.width, frame.height
             if here := places.get(len(stamps)):
-                picture = to_rgb(frame, crop, size=size, out=pictures[here[0]] if pictures.size else None)
+                picture = _shown(path, frame, crop, size, pictures[here[0]] if pictures.size else None)
                 if not pictures.size:
                     pictures = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
                     pictures[here[0]] = picture
@@ -185,10 +187,18 @@ def _decoded(
             if len(stamps) > last >= 0:
                 break
     except av.FFmpegError as error:
-        reason = _reason(error)
+        reason = in_words(error)
     if not stamps:
         raise UnreadableClip(path, reason)
     return pictures, _display_times(stamps, stream)
+
+
+def _shown(path: File, frame: VideoFrame, crop: Crop | None, size: tuple[int, int], out: Frames | None) -> Frames:
+    """`to_rgb`; a frame that has no RGB makes its file unreadable, for all others are alike."""
+    try:
+        return to_rgb(frame, crop, size=size, out=out)
+    except (av.FFmpegError, cv2.error, ValueError) as error:
+        raise UnreadableClip(path, f"its colours ({frame.format.name}) cannot be told: {in_words(error)}") from error
 
 
 def _frames(packets: Iterable[Packet]) -> Iterator[VideoFrame]:
@@ -225,11 +235,12 @@ def scan(path: File) -> Scan:
                     if not stamps:
                         size, rotation = (frame.width, frame.height), round(frame.rotation / 90) % 4
                     grey = frame.to_ndarray(format="gray", threads=1)
-                    same += last is not None and float(cv2.absdiff(grey, last).mean()) < SAME
+                    if last is not None and grey.shape == last.shape:  # a stream may change its size on the way
+                        same += float(cv2.absdiff(grey, last).mean()) < SAME
                     last = grey
                     stamps.append(frame.pts)
         except av.FFmpegError as problem:
-            error = _reason(problem)
+            error = in_words(problem)
             with suppress(av.FFmpegError):  # what the container holds besides
                 listed += sum(bool(packet.size and not packet.is_discard) for packet in container.demux(stream))
         if not stamps:
@@ -245,7 +256,7 @@ def _opened(path: File) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         container = av.open(io.BytesIO(path.data or b"") if isinstance(path, Packed) else str(path), "r")
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(path, _reason(error)) from error
+        raise UnreadableClip(path, in_words(error)) from error
     with container:
         if not container.streams.video:
             raise UnreadableClip(path, "it has no video stream")
@@ -260,7 +271,7 @@ def _loaded(path: File) -> File:
     try:
         return path.loaded() if isinstance(path, Packed) else path
     except (OSError, ValueError) as error:
-        raise UnreadableClip(path, _reason(error)) from error
+        raise UnreadableClip(path, in_words(error)) from error
 
 
 def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> Times:
@@ -269,12 +280,6 @@ def _display_times(stamps: Sequence[int | None], stream: VideoStream) -> Times:
     if len(known) < len(stamps) or stream.time_base is None:
         return np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or 25)
     return np.sort(np.array(known, dtype=np.float64)) * float(stream.time_base)
-
-
-def _reason(error: BaseException) -> str:
-    """libav's own short sentence, without error numbers and function names."""
-    text = getattr(error, "strerror", None) or str(error)
-    return text[:1].lower() + text[1:]
 
 
 # --- pixels -> file ---
@@ -307,23 +312,6 @@ def _encode(path: Path, frames: Frames, *, fps: float) -> None:
         for pixels in even:
             mp4.mux(stream.encode(to_yuv(pixels)))
         mp4.mux(stream.encode(None))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: moved over it on success, removed on failure. Folders are made as needed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        taken = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = f"{path.parent} is not a folder" if taken else _reason(error)
-        raise CannotWrite(f"cannot write {path}: {reason}; choose a folder that can be written") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 # --- uint8 <-> float ---

@@ -12,12 +12,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from vdm.data.dataset import ClipDataset, Sample
+from vdm.data.dataset import ClipDataset
 from vdm.data.find import guess_format
+from vdm.data.loader import Batch, batches
 from vdm.data.settings import DataConfig
 from vdm.data.transforms import Frames
 from vdm.data.video import write_video
-from vdm.errors import UserError
+from vdm.files import replacing
 
 STRIP_HEIGHT = 64  # pixels of the frames beneath a clip
 STYLE = """
@@ -37,9 +38,10 @@ def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -
     """
     clips = ClipDataset(config, split="train", seed=seed, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:
+        stream = batches(clips, batch_size=1, num_batches=num_clips, num_workers=max(1, config.dataloader_num_workers))
         figures = [
-            _figure(clips[position], config.fps, Path(folder) / "clip.mp4")
-            for position in tqdm(range(num_clips), desc="drawing", unit="clip")
+            _figure(batch, config.fps, Path(folder) / "clip.mp4")
+            for batch in tqdm(stream, total=num_clips, desc="drawing", unit="clip")
         ]
     title = f"{config.root or config.format}: {num_clips} clips as the model sees them"
     changed = [
@@ -51,21 +53,22 @@ def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -
         f"<p>{len(clips)} clips to train on, seed {seed}; {html.escape(', '.join(changed))}</p>\n"
         f"<main>\n{''.join(figures)}</main>\n</body>\n</html>\n"
     )
-    _write(output, page)
+    with replacing(output, remedy="choose another --output") as file:
+        file.write_bytes(page.encode("utf-8", "replace"))
     return num_clips
 
 
-def _figure(sample: Sample, fps: float, file: Path) -> str:
-    frames = sample["video"].permute(1, 2, 3, 0).numpy()
+def _figure(batch: Batch, fps: float, file: Path) -> str:
+    frames = batch.video[0].permute(1, 2, 3, 0).numpy()
     write_video(file, frames, fps=fps)
     video = base64.b64encode(file.read_bytes()).decode()
     length, height, width = frames.shape[:3]
-    about = f"clip {sample['id']}, position {sample['position']}: {length} frames of {width}x{height} at {fps:g} fps"
-    left_out = "".join(f"<br>in place of {html.escape(f'{name}: {reason}')}" for name, reason in sample["bad"])
+    about = f"clip {batch.ids[0]}, position {batch.positions[0]}: {length} frames of {width}x{height} at {fps:g} fps"
+    left_out = "".join(f"<br>in place of {html.escape(f'{name}: {reason}')}" for name, reason in batch.bad)
     return (
         f'<figure>\n<video controls loop muted playsinline src="data:video/mp4;base64,{video}"></video>\n'
         f'<div class="strip"><img alt="its frames" src="data:image/jpeg;base64,{_strip(frames)}"></div>\n'
-        f"<figcaption><b>{html.escape(sample['caption'])}</b><small>{html.escape(about)}{left_out}</small></figcaption>\n"
+        f"<figcaption><b>{html.escape(batch.captions[0])}</b><small>{html.escape(about)}{left_out}</small></figcaption>\n"
         "</figure>\n"
     )
 
@@ -77,16 +80,6 @@ def _strip(frames: Frames) -> str:
     done, jpeg = cv2.imencode(".jpg", cv2.cvtColor(np.concatenate(small, axis=1), cv2.COLOR_RGB2BGR))
     assert done
     return base64.b64encode(jpeg.tobytes()).decode()
-
-
-def _write(output: Path, page: str) -> None:
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
 
 
 def with_root(config: DataConfig, root: Path | str) -> DataConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from vdm.components import build_text_encoder, build_vae
 from vdm.config import Config
-from vdm.data.cache import Cache
+from vdm.data.cache import SPLITS, Cache, Split
+from vdm.data.dataset import ClipDataset
+from vdm.data.latents import digest
+from vdm.errors import UserError
 from vdm.models import VideoVAE
 from vdm.text.encoder import TextEncoder
 from vdm.weights import Weights
 
 # Keys of the data section that decide what is kept of a clip; and of training, what is said of it.
 DATA = (
-    "format", "root", "num_clips", "subset_order", "subset_seed", "max_clips_per_template", "templates", "short_clips",
+    "format", "num_clips", "subset_order", "subset_seed", "max_clips_per_template", "templates", "short_clips",
     "height", "width", "fps", "max_frames", "crop", "cache_crops", "color_jitter", "validation_clips",
 )  # fmt: skip
 WORDS = ("horizontal_flip", "natural_captions", "template_captions")
@@ -69,4 +73,32 @@ def open_cache(config: Config) -> Cache | None:
     if config.data.cache_dir is None:
         return None
     text = build_text_encoder(config) if reads_text(config) else None
-    return Cache.open(Path(config.data.cache_dir), cache_key(config, build_vae(config), text))
+    folder = Path(config.data.cache_dir)
+    cache = Cache.open(folder, cache_key(config, build_vae(config), text))
+    ids = _ids(config)
+    if ids is None:
+        print(
+            f"note: the clips of data.root={config.data.root} are not here, so {folder} stands for them",
+            file=sys.stderr,
+        )
+    elif ids != cache.plan.ids:
+        raise UserError(
+            f"cache {folder} is stale: it was made of other clips or captions than data.root={config.data.root} has; "
+            "make another with vdm data cache"
+        )
+    return cache
+
+
+def streams(config: Config) -> dict[Split, ClipDataset]:
+    """The clips that a cache is made of."""
+    return {split: ClipDataset(config.data, split=split, seed=config.seed, batch_size=1) for split in SPLITS}
+
+
+def _ids(config: Config) -> str | None:
+    """The `digest` of the clips of a run; None where they are not here, or too far away to be looked at."""
+    if config.data.root is not None and "://" in config.data.root:
+        return None
+    try:
+        return digest(streams(config))
+    except UserError:
+        return None
