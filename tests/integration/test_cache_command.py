@@ -168,6 +168,7 @@ def test_started_again_it_does_nothing_and_cut_short_it_goes_on(
     assert shards(tmp_path / "cache") == whole
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on(root: Path, shell: Command, tmp_path: Path) -> None:
     """In a process of its own; the end is that of a run that was let be."""
     script = (

@@ -47,7 +47,9 @@ def started(run_dir: Path, *overrides: str, steps: int = 3) -> subprocess.Popen[
     return process
 
 
-@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGTERM, True), pytest.param(signal.SIGINT, False, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_bit(
     number: signal.Signals, to_all: bool, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_disk_that_has_room_again_is_used_again(
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4", "checkpoint-7"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_a_log_that_cannot_be_written_is_no_reason_to_stop(
     tmp_path: Path, no_room: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

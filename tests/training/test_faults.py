@@ -143,6 +143,7 @@ def test_many_in_a_row_go_back_to_the_last_checkpoint_and_then_give_up(tmp_path:
     assert same({n: t for n, t in weights(trainer).items() if n.startswith("unet.") and ".ema." not in n},
                 {f"unet.{n}": t for n, t in load_weights(tmp_path / "checkpoint-4", "unet").items()})  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] is None for line in log] == [False] * 5 + [True] * 5, "JSON has no NaN"
     assert [line["skipped_steps"] for line in log] == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
     assert said == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,8 @@ class RunLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers of a step; TensorBoard gets them as scalars."""
-        line = {"step": step, **{key: round(value, 8) for key, value in values.items()}}
+        # JSON has no word for what is not finite.
+        line = {"step": step, **{key: round(v, 8) if math.isfinite(v) else None for key, v in values.items()}}
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
