@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -267,7 +268,8 @@ class Retention:
             return set(steps)
         kept = set(sorted(steps)[-self.newest :])
         kept |= {step for step in steps if self.every is not None and step % self.every == 0}
-        scores = {step: info[self.best] for step, info in steps.items() if self.best is not None and self.best in info}
+        scores = {step: info.get(self.best, math.inf) for step, info in steps.items() if self.best is not None}
+        scores = {step: score for step, score in scores.items() if math.isfinite(score)}
         return kept | ({min(scores, key=lambda step: (scores[step], -step))} if scores else set())
 
 

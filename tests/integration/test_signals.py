@@ -99,6 +99,22 @@ def test_stopping_after_so_many_steps(command: Command, tmp_path: Path) -> None:
     assert (tmp_path / "final").is_dir()
 
 
+def test_it_stops_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    """Also where another run, from which it has branched off, left one of that name."""
+    common = [f"run_dir={tmp_path}", "training.checkpointing_steps=4", "training.validation_steps=0"]
+    train(load(TINY, [*common, "training.stop_after_steps=6"]))
+    before = (tmp_path / "checkpoint-6" / "unet.safetensors").read_bytes()
+    other = load(TINY, [*common, "training.stop_after_steps=6", "training.learning_rate=1e-3"])
+    train(other, resume=str(tmp_path / "checkpoint-4"))
+    assert (tmp_path / "checkpoint-6" / "unet.safetensors").read_bytes() != before
+
+
+def test_the_best_checkpoint_has_a_loss() -> None:
+    losses = {1: 0.3, 2: float("nan"), 3: 0.2, 4: 0.2, 5: float("inf")}
+    infos = {step: {"val_loss": loss} for step, loss in losses.items()} | {6: {}, 7: {}}
+    assert checkpoint.Retention(newest=1, best="val_loss").keeps(infos) == {4, 7}
+
+
 @pytest.fixture
 def no_room() -> Iterator[Callable[[int], None]]:
     """no_room(n): no file of this process may be larger than n bytes, until the test ends."""

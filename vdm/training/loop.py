@@ -75,6 +75,7 @@ class Loop:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.settings, self.run_dir = trainer, trainer.settings, trainer.run_dir
         self.failed_saves = 0
+        self.saved_at: int | None = None  # the step of this run's own last checkpoint
 
     def run(self) -> Path:
         """Train to `max_train_steps`, or as long as nobody wants it to stop.
@@ -124,16 +125,15 @@ class Loop:
 
     def _pause(self) -> Path:
         """The checkpoint of this step."""
-        path = self.run_dir / f"checkpoint-{self.trainer.step}"
-        if not (path / checkpoint.MANIFEST).is_file():
+        if self.saved_at != self.trainer.step:  # one of that name may be there and be another run's
             self.trainer.save()
-        return path
+        return self.run_dir / f"checkpoint-{self.trainer.step}"
 
     def _try_to_save(self) -> None:
         """Save; a disk that is full costs the checkpoint, and the run only when it stays so."""
         try:
             self.trainer.save()
-            self.failed_saves = 0
+            self.failed_saves, self.saved_at = 0, self.trainer.step
         except CannotWrite as error:
             self.failed_saves += 1
             if self.failed_saves == MAX_FAILED_SAVES:

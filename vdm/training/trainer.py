@@ -45,7 +45,6 @@ class Trainer:
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
         self.validated: dict[str, float] = {}  # the losses of the last validation
-        self.failed_saves = 0
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
         if self.settings.gradient_checkpointing:
             for module in self.trained.values():
