@@ -48,7 +48,7 @@ def test_the_reference_file_loads_as_it_stands() -> None:
     training = config.training
     assert (training.learning_rate, training.epsilon, training.warmup_steps) == (1e-4, 1e-8, 1000)
     assert (training.batch_size, training.gradient_accumulation_steps, training.effective_batch_size) == (4, 4, 16)
-    assert (training.mixed_precision, training.gradient_checkpointing) == ("fp16", True)
+    assert (training.mixed_precision, training.gradient_checkpointing) == ("fp16", "block")
     assert config.diffusion == DiffusionConfig(beta_start=1e-4, beta_end=0.02)
     assert (config.data.dataloader_num_workers, config.data.pin_memory) == (8, True)
 
@@ -101,7 +101,7 @@ def test_values_are_read_by_the_type_of_their_field(load_text: Callable[..., Con
     config = load_text(text)
     assert (config.name, config.seed) == ("2024", 1000)
     training, data = config.training, config.data
-    assert (training.mixed_precision, training.gradient_checkpointing) == ("no", False)
+    assert (training.mixed_precision, training.gradient_checkpointing) == ("no", "none")
     assert training.max_grad_norm == 2.0 and isinstance(training.max_grad_norm, float)
     assert (training.keep_checkpoints, training.num_gpus) == (None, None)
     assert training.preview_prompts == ("12", "a: b", "on")
@@ -249,7 +249,7 @@ TRAINING = st.builds(
     epsilon=NUMBER,
     caption_dropout=SHARE,
     mixed_precision=st.sampled_from(["no", "fp16", "bf16"]),
-    gradient_checkpointing=st.booleans(),
+    gradient_checkpointing=st.sampled_from(["none", "cheap", "block"]),
     keep_checkpoints=st.none() | COUNT,
     preview_prompts=st.lists(WORDS, max_size=3).map(tuple),
     init_from=st.none() | WORDS,

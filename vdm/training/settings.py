@@ -10,6 +10,7 @@ import torch
 
 from vdm.errors import UserError
 
+Recompute = Literal["none", "cheap", "block"]
 AUTOCAST = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `mixed_precision`
 
 
@@ -27,9 +28,16 @@ class TrainingConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
-    lr_scheduler: Literal["cosine", "constant"] = "cosine"
+    spatial_learning_rate: float | None = None  # of the UNet's spatial layers; null is learning_rate, 0 freezes them
+    temporal_learning_rate: float | None = None  # of its temporal layers
+    text_learning_rate: float | None = None  # of a text tower that is trained
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    min_learning_rate: float = 0.0  # where a decay ends
+    decay_share: float = 0.2  # lr_scheduler "wsd" (warm-up, stable, decay): the last part of the run, in which it falls
     warmup_steps: int = 0
     max_train_steps: int = 1000
+    max_train_epochs: float | None = None  # whichever limit comes first ends the run, and the decay fits it
+    max_train_hours: float | None = None  # of training, over all restarts
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -38,8 +46,20 @@ class TrainingConfig:
     ema_decay: float = 0.9999  # 0 makes the averaged weights the weights themselves
     caption_dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
 
+    offset_noise: float = 0.0  # strength of noise that is one number for each channel of a clip
+    frame_noise_correlation: float = 0.0  # share of the noise's variance that all frames of a clip have in common
+
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    gradient_checkpointing: bool = False
+    # What the backward pass computes again: nothing, norms and activations alone, or whole UNet layers (true)
+    gradient_checkpointing: bool | Recompute = "none"
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"  # of trained parts; bf16 is updated with stochastic rounding
+    optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"  # how AdamW keeps its moments
+    optimizer_in_backward: bool = False  # update each weight as soon as its gradient is there, which is then freed
+    ema_offload: bool = False  # keep averaged weights in the memory of the CPU
+    compile: bool = False  # torch.compile each UNet layer
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: copies of the model, or shards of it
+    lora_rank: int | None = None  # train a low-rank change of the UNet's attention in place of its weights
+    lora_alpha: float | None = None  # its strength is alpha / rank; null is the rank
 
     kl_weight: float = 1e-6  # task "vae": weight of the KL term beside the reconstruction error
     colour_weight: float = 0.0  # task "vae": weight of the error of the colour alone, without its grey
@@ -50,6 +70,7 @@ class TrainingConfig:
     keep_checkpoints: int | None = None  # null keeps all, else the newest so many, and
     keep_every: int | None = None  # those of every so many steps, and
     keep_best: bool = False  # the one whose last validation had the lowest loss
+    save_in_background: bool | None = None  # write checkpoints while training goes on; null does on a GPU
     stop_after_steps: int | None = None  # end there with a checkpoint, on the way to `max_train_steps`
     max_bad_steps: int = 5  # so many in a row that are not finite, and the run goes back to its last checkpoint
     validation_steps: int = 1000  # 0 never validates
@@ -61,7 +82,7 @@ class TrainingConfig:
             self._require(name, at_least=1)
         for name in ("max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "keep_every"):
             self._require(name, at_least=1)
-        for name in ("stop_after_steps", "max_bad_steps"):
+        for name in ("stop_after_steps", "max_bad_steps", "lora_rank"):
             self._require(name, at_least=1)
         for name in (
             "warmup_steps",
@@ -71,13 +92,21 @@ class TrainingConfig:
             "kl_weight",
             "colour_weight",
             "edge_weight",
+            "spatial_learning_rate",
+            "temporal_learning_rate",
+            "text_learning_rate",
+            "min_learning_rate",
+            "offset_noise",
         ):
             self._require(name, at_least=0)
-        for name in ("learning_rate", "epsilon", "max_grad_norm"):
+        for name in ("learning_rate", "epsilon", "max_grad_norm", "max_train_epochs", "max_train_hours", "lora_alpha"):
             self._require(name, above=0)
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        for name in ("adam_beta1", "adam_beta2", "ema_decay", "frame_noise_correlation"):
             self._require(name, at_least=0, below=1)
-        self._require("caption_dropout", at_least=0, at_most=1)
+        for name in ("caption_dropout", "decay_share"):
+            self._require(name, at_least=0, at_most=1)
+        if isinstance(self.gradient_checkpointing, bool):  # the reference's spelling
+            object.__setattr__(self, "gradient_checkpointing", "block" if self.gradient_checkpointing else "none")
         self._check_effective_batch_size()
 
     def _require(

@@ -46,7 +46,7 @@ class Trainer:
         self.faults = Faults()
         self.validated: dict[str, float] = {}  # the losses of the last validation
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
-        if self.settings.gradient_checkpointing:
+        if self.settings.gradient_checkpointing != "none":
             for module in self.trained.values():
                 checkpoint_activations(module)
 

@@ -1,0 +1,39 @@
+"""How many floating-point operations a model costs, counted on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vdm.config import Config
+from vdm.models import UNet3D, VideoVAE
+
+
+def count(call: Callable[[], object]) -> int:
+    """Operations of the matrix products, convolutions and attention in `call`; a multiply-add is two."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@cache
+def unet_forward(config: Config, *, num_frames: int) -> int:
+    """Of the UNet on one clip of `num_frames` at the size of `data`. A training step is about three times as many."""
+    with torch.device("meta"):
+        unet = UNet3D(config.model)
+        size = (config.data.height // config.vae.factor, config.data.width // config.vae.factor)
+        latents = torch.empty(1, config.model.in_channels, num_frames, *size)
+        context = torch.empty(1, config.text.context_length, config.model.context_dim)
+        return count(lambda: unet(latents, torch.zeros(1), context))
+
+
+@cache
+def vae_encode(config: Config, *, num_frames: int) -> int:
+    """Of the VAE's encoder on one clip."""
+    with torch.device("meta"):
+        vae = VideoVAE(config.vae)
+        video = torch.empty(1, 3, num_frames, config.data.height, config.data.width)
+        return count(lambda: vae.encode(video))
