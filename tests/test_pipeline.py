@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vdm import TextToVideo
 from vdm.checkpoint import read_manifest, save_checkpoint
-from vdm.components import SHIPPED, build_components, build_text_encoder, build_vae, load_part, save_parts
+from vdm.components import SHIPPED, build_components, build_text_encoder, build_vae, load_part, save_parts, states
 from vdm.config import Config, load, to_yaml
 from vdm.diffusion import initial_noise
 from vdm.errors import UserError
@@ -78,7 +78,7 @@ def test_save_and_load_keeps_every_bit(pipe: TextToVideo, tmp_path: Path) -> Non
 
 
 def test_a_part_alone_can_be_saved(pipe: TextToVideo, tmp_path: Path) -> None:
-    save_parts(tmp_path / "vae", pipe.config, {"vae": pipe.vae}, info={"step": 3})
+    save_parts(tmp_path / "vae", pipe.config, states({"vae": pipe.vae}), info={"step": 3})
     manifest = read_manifest(tmp_path / "vae")
     assert (manifest.parts, manifest.info) == (["vae"], {"step": 3})
     with pytest.raises(UserError, match="holds no weights of unet, only of vae"):
@@ -143,7 +143,7 @@ def test_what_the_weights_were_made_from_need_not_be_there(tmp_path: Path) -> No
 
 
 def test_a_text_encoder_starts_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
-    save_parts(tmp_path / "text", make().config, {"text": make("seed=7").text_encoder})
+    save_parts(tmp_path / "text", make().config, states({"text": make("seed=7").text_encoder}))
     weights = f"text.text_weights={tmp_path / 'text'}"
     for start in (build_components(tiny(weights)).text_encoder, build_text_encoder(tiny(weights))):
         assert_same_weights(start, make("seed=7").text_encoder)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vdm.checkpoint import save_checkpoint
 from vdm.config import Config, to_yaml
@@ -125,14 +125,20 @@ def fill_part(module: nn.Module, stored: StoredModel, part: str) -> None:
 def save_parts(
     path: str | Path,
     config: Config,
-    modules: Mapping[str, nn.Module],
+    parts: Mapping[str, Mapping[str, Tensor]],
     *,
     dtype: torch.dtype | None = None,
     info: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint folder without trainer state; of a text tower trained here, only the tokens it saw."""
-    weights = {part: Weights.of(module.state_dict()) for part, module in modules.items()}
+    """Write a checkpoint folder of state dicts, without trainer state; of a text tower trained here, only the tokens it
+    saw."""
+    weights = {part: Weights.of(state) for part, state in parts.items()}
     if "text" in weights:
         weights["text"] = pack_vocabulary(weights["text"])
     weights = {part: state.cast(dtype) for part, state in weights.items()}
     save_checkpoint(path, config_yaml=to_yaml(config), weights=weights, info=dict(info or {}))
+
+
+def states(modules: Mapping[str, nn.Module]) -> dict[str, Mapping[str, Tensor]]:
+    """The state dict of each part."""
+    return {part: module.state_dict() for part, module in modules.items()}

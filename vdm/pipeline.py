@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdm.components import SHIPPED, Components, build_components, fill_part, save_parts, without_sources
+from vdm.components import SHIPPED, Components, build_components, fill_part, save_parts, states, without_sources
 from vdm.config import Config
 from vdm.diffusion import SamplingConfig, ddim_sample, ddpm_sample, guided, initial_noise
 from vdm.errors import UserError
@@ -54,7 +54,7 @@ class TextToVideo:
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder that `from_pretrained` reads, its floats as `dtype` (None: as they are)."""
         parts = Components(self.unet, self.vae, self.text_encoder, self.schedule)
-        save_parts(path, self.config, parts.modules(), dtype=dtype)
+        save_parts(path, self.config, states(parts.modules()), dtype=dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextToVideo:
         """Move all parts; `dtype` is that of the UNet and the VAE, while text and noise stay in float32."""

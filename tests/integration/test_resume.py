@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vdm.checkpoint import load_trainer_state, load_weights, read_manifest
-from vdm.components import build_vae, save_parts
+from vdm.components import build_vae, save_parts, states
 from vdm.config import Config, load
 from vdm.errors import UserError
 from vdm.training.loop import train
@@ -195,11 +196,14 @@ def test_a_folder_with_checkpoints_is_refused_unless_resumed(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (("training.task=vae",), "of a run with training.task=unet, not vae"),
-        (("text.text_trainable=false",), "of a run that trained text, unet"),
-        (("training.optimizer=muon",), "of a run with training.optimizer=adamw; resume it with that"),
-        (("model.channel_mult=[1, 3]",), "the unet weights in .* do not fit this config: "),
-        (("text.text_width=32", "model.context_dim=32"), "weights in .* do not fit this config: "),
+        (("training.task=vae",), r"may not change: training.task \(unet -> vae\)"),
+        (("text.text_trainable=false",), r"may not change: text.text_trainable \(true -> false\)"),
+        (
+            ("training.optimizer=muon", "training.learning_rate=1e-3"),
+            r"training.optimizer \(adamw -> muon\); training.learning_rate \(0.005 -> 0.001\) may differ; set .* back",
+        ),
+        (("model.channel_mult=[1, 3]",), r"model.channel_mult \(\(1, 2\) -> \(1, 3\)\)"),
+        (("text.text_width=32", "model.context_dim=32"), r"model.context_dim \(16 -> 32\), text.text_width"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -209,6 +213,29 @@ def test_a_checkpoint_of_another_run_is_refused(
         train(tiny(tmp_path, *overrides), resume=str(whole() / "checkpoint-4"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_settings_that_may_differ_are_named_when_a_run_resumes(
+    whole: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(tmp_path, "training.learning_rate=1e-3", "training.batch_size=1"), resume=str(whole() / "checkpoint-4"))
+    shown = capsys.readouterr().out
+    assert "training.learning_rate (0.005 -> 0.001)" in shown and "training.batch_size (2 -> 1)" in shown
+    assert "other clips or draws from here on" in shown and "run_dir" not in shown
+
+
+def test_a_checkpoint_of_another_version_is_refused(whole: Callable[..., Path], tmp_path: Path) -> None:
+    old = tmp_path / "old" / "checkpoint-4"
+    shutil.copytree(whole() / "checkpoint-4", old)
+    text = (old / "config.yaml").read_text(encoding="utf-8").replace("unet_dim", "unet_width")
+    (old / "config.yaml").write_text(text, encoding="utf-8")
+    manifest = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["config.yaml"] = {
+        "bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }  # fmt: skip
+    (old / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match="made by another version of vdm, for its unknown key model.unet_width"):
+        train(tiny(tmp_path / "run"), resume=str(old))
 
 
 def test_a_finished_model_is_no_checkpoint_to_resume_from(whole: Callable[..., Path], tmp_path: Path) -> None:
@@ -223,12 +250,12 @@ def test_a_resumed_run_takes_frozen_parts_from_its_checkpoint(tmp_path: Path, fa
     """Whatever became of the folder that they were first read from."""
     source, run_dir = tmp_path / "vae", tmp_path / "run"
     weights = f"vae.vae_weights={source}"
-    save_parts(source, tiny(source), {"vae": build_vae(tiny(source, "seed=1"))})
+    save_parts(source, tiny(source), states({"vae": build_vae(tiny(source, "seed=1"))}))
     train(tiny(run_dir, weights, "training.max_train_steps=4"))
     before = (run_dir / "checkpoint-4" / "vae.safetensors").read_bytes()
     shutil.rmtree(source)
     if fate == "another":
-        save_parts(source, tiny(source), {"vae": build_vae(tiny(source, "seed=2"))})
+        save_parts(source, tiny(source), states({"vae": build_vae(tiny(source, "seed=2"))}))
     train(tiny(run_dir, weights), resume="latest")
     assert (run_dir / "final" / "vae.safetensors").read_bytes() == before
     assert load(run_dir / "config.yaml").vae.vae_weights == str(source), "the record of the run stays what it was"

@@ -15,6 +15,7 @@ from torch import Tensor
 from vdm.checkpoint import load_weights, read_manifest
 from vdm.config import Config, load
 from vdm.data.latents import KeptLatents
+from vdm.data.loader import Batch
 from vdm.training.faults import find_culprits, mean_of_finite
 from vdm.training.loop import Loop, train
 from vdm.training.task import build_task
@@ -118,8 +119,13 @@ def test_the_clip_is_found_in_the_second_micro_batch_too(tmp_path: Path) -> None
 def test_good_clips_are_no_culprits(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     batch = next(trainer.train_batches())
-    loss_of: Callable[..., Tensor] = lambda one: trainer._losses(one, training=True)["loss"]  # noqa: E731
-    assert find_culprits([batch], trainer.task.modules, loss_of) == []
+
+    def gradients_of(one: Batch) -> Tensor:
+        loss = trainer._losses(one, training=True)["loss"]
+        loss.backward()
+        return loss
+
+    assert find_culprits([batch], trainer.task.modules, gradients_of) == []
 
 
 def test_many_in_a_row_go_back_to_the_last_checkpoint_and_then_give_up(tmp_path: Path) -> None:

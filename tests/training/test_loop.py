@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vdm.checkpoint import list_checkpoints, load_weights, read_manifest
 from vdm.config import Config, load
+from vdm.models.dropout import clip_seeds
 from vdm.pipeline import TextToVideo
 from vdm.training.loop import train
 from vdm.training.optim import learning_rate
@@ -20,7 +21,6 @@ from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-STILL = ("model.temporal_dropout=0", "training.caption_dropout=0")  # no dropout of any kind
 
 
 def tiny(run_dir: Path, *overrides: str) -> Config:
@@ -62,9 +62,10 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 
 
 def test_accumulated_micro_batches_are_one_large_batch(tmp_path: Path) -> None:
-    sizes = ((4, 1), (2, 2), (1, 4))
+    """Dropout of images, of clips and of captions included: each clip has its own draws."""
+    sizes, dropout = ((16, 1), (4, 4), (1, 16)), ("model.dropout=0.3", "training.caption_dropout=0.5")
     results = [
-        step(trainer_of(tmp_path, *STILL, f"training.batch_size={size}", f"gradient_accumulation_steps={times}"))
+        step(trainer_of(tmp_path, *dropout, f"training.batch_size={size}", f"gradient_accumulation_steps={times}"))
         for size, times in sizes
     ]
     (whole, gradients), *others = results
@@ -102,7 +103,7 @@ def test_a_step_moves_every_trained_part_and_nothing_else(tmp_path: Path) -> Non
     assert all(parameter.grad is None for parameter in trainer.parameters), "no gradient is left behind"
 
 
-def test_dropout_is_drawn_from_seed_and_step(tmp_path: Path) -> None:
+def test_dropout_is_drawn_from_the_seed_and_the_position_of_a_clip(tmp_path: Path) -> None:
     overrides = ("model.dropout=0.5", "model.temporal_dropout=0.5")
     losses = []
     for noise in (1, 2):
@@ -111,9 +112,11 @@ def test_dropout_is_drawn_from_seed_and_step(tmp_path: Path) -> None:
         losses.append([step(trainer)[0]["loss"] for _ in range(2)])
     assert losses[0] == losses[1]
     other = trainer_of(tmp_path, *overrides)
-    other.step = 5
-    batch = next(trainer_of(tmp_path, *overrides).train_batches())
-    assert other.train_step([batch])["loss"] != losses[0][0], "another step, another mask"
+    batch = next(other.train_batches())
+    assert other.train_step([batch])["loss"] == losses[0][0]
+    moved = trainer_of(tmp_path, *overrides)
+    moved._dropout = lambda batch: clip_seeds([1 + position for position in batch.positions])  # type: ignore
+    assert moved.train_step([batch])["loss"] != losses[0][0], "other positions, other masks"
 
 
 def test_bfloat16_trains_with_weights_in_float32(tmp_path: Path) -> None:

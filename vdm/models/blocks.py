@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdm.models.dropout import ClipDropout
 from vdm.models.layers import FrameConv, FrameGroupNorm, KeepSize, TemporalConv, Upsample, VideoGroupNorm, zero_init
 
 
@@ -25,7 +26,7 @@ class ResBlock(nn.Module):
         self.conv1 = FrameConv(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
         self.norm2 = FrameGroupNorm(groups, out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ClipDropout(dropout)
         self.conv2 = FrameConv(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut: nn.Module = nn.Identity() if same else FrameConv(in_channels, out_channels, 1)
@@ -46,7 +47,7 @@ class TemporalConvBlock(nn.Module):
     def __init__(self, channels: int, layers: int, groups: int, dropout: float):
         super().__init__()
         self.norms = nn.ModuleList(VideoGroupNorm(groups, channels) for _ in range(layers))
-        self.dropouts = nn.ModuleList(nn.Dropout(dropout if i else 0.0) for i in range(layers))
+        self.dropouts = nn.ModuleList(ClipDropout(dropout if i else 0.0) for i in range(layers))
         self.convs = nn.ModuleList(TemporalConv(channels, channels) for _ in range(layers))
         zero_init(self.convs[-1])
 

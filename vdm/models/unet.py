@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vdm.errors import UserError
 from vdm.models.attention import SpatialTransformer, TemporalTransformer
 from vdm.models.blocks import DecoderLayer, Pass, ResBlock, TemporalConvBlock, UNetLayer
+from vdm.models.dropout import number_layers
 from vdm.models.layers import (
     Downsample,
     FrameConv,
@@ -121,6 +122,7 @@ class UNet3D(nn.Module):
 
         self.norm_out = FrameGroupNorm(config.norm_num_groups, dim * config.channel_mult[0])
         self.conv_out = FrameConv(dim * config.channel_mult[0], config.in_channels, 3, padding=1)
+        number_layers(self)
         channels_last_weights(self)
 
     def _temporal(self, channels: int, heads: int) -> nn.Module:

@@ -45,22 +45,21 @@ def mean_of_finite(values: Sequence[float]) -> float:
 
 
 def find_culprits(
-    batches: Sequence[Batch], modules: Mapping[str, nn.Module], loss_of: Callable[[Batch], Tensor]
+    batches: Sequence[Batch], modules: Mapping[str, nn.Module], gradients_of: Callable[[Batch], Tensor]
 ) -> list[Culprit]:
-    """Try each clip of some micro-batches alone; `loss_of` gives its loss. Gradients are gone afterwards.
+    """Try each clip of some micro-batches alone; `gradients_of` does its backward pass and gives its loss. Gradients
+    are gone afterwards.
 
-    No culprit means that every clip alone is fine, and only their sum too large.
+    No culprit means that every clip alone is fine, and only their sum too large. All clips are tried in full, for where
+    weights are sharded every process must do the same.
     """
     found = []
     for batch in batches:
         for number in range(len(batch.ids)):
             one = single(batch, number)
             with first_not_finite(modules) as seen:
-                loss = loss_of(one)
-            module = seen[0] if seen else "" if torch.isfinite(loss) else "the loss"
-            if not module:
-                loss.backward()
-                module = next(_bad_gradients(modules), "")
+                loss = gradients_of(one)
+            module = seen[0] if seen else "the loss" if not torch.isfinite(loss) else next(_bad_gradients(modules), "")
             for part in modules.values():
                 part.zero_grad(set_to_none=True)
             if module:
@@ -112,14 +111,13 @@ def _bad_gradients(modules: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 def write_bundle(
-    path: Path, config_yaml: str, modules: Mapping[str, nn.Module], batches: Sequence[Batch], *, step: int
+    path: Path, config_yaml: str, weights: Mapping[str, Mapping[str, Tensor]], batches: Sequence[Batch], *, step: int
 ) -> None:
     """A folder with all that a step depends on: weights, config, clips as they were read, and the number of the step.
 
     `batch-<i>.safetensors` holds a micro-batch's `video`; captions, ids and positions are the manifest's.
     """
-    weights = {part: module.state_dict() for part, module in modules.items()}
-    weights |= {f"batch-{number}": {"video": batch.video.contiguous()} for number, batch in enumerate(batches)}
+    clips = {f"batch-{number}": {"video": batch.video.contiguous()} for number, batch in enumerate(batches)}
     about = [{"ids": b.ids, "captions": b.captions, "positions": b.positions, "indices": b.indices} for b in batches]
     info = {"step": step, "batches": json.loads(json.dumps(about))}
-    save_checkpoint(path, config_yaml=config_yaml, weights=weights, info=info)
+    save_checkpoint(path, config_yaml=config_yaml, weights={**weights, **clips}, info=info)

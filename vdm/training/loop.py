@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-
-from vdm import checkpoint
-from vdm.components import load_part, with_sources, without_sources
+from vdm import checkpoint, dist
+from vdm.components import load_part
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch
-from vdm.errors import CannotWrite, UserError
+from vdm.errors import CannotWrite
 from vdm.training.ema import EMA
 from vdm.training.faults import mean_of_finite
-from vdm.training.runlog import RunLog
+from vdm.training.resuming import as_resumed, starting_point
+from vdm.training.runlog import NoLog, RunLog
 from vdm.training.signals import StopRequest
 from vdm.training.task import build_task, warn_of_random_parts
 from vdm.training.trainer import Trainer
-
-MAX_FAILED_SAVES = 3  # in a row
 
 
 def train(config: Config, *, resume: str | None = None) -> Path:
@@ -31,12 +28,11 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     that holds checkpoints though nothing was said of resuming.
     """
     run_dir = Path(config.run_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with checkpoint.RunLock(run_dir):
-        start = _start(run_dir, resume)
-        if start is None:
+    with dist.together(), _sole_use(run_dir):
+        start = dist.from_main(starting_point(run_dir, resume) if dist.is_main() else None)
+        if start is None and dist.is_main():
             warn_of_random_parts(config)
-        task = build_task(config if start is None else _from_checkpoint(config, start), device)
+        task = build_task(config if start is None else as_resumed(config, start), dist.device())
         trainer = Trainer(config, task, run_dir)
         if start is not None:
             trainer.restore(start)
@@ -44,29 +40,16 @@ def train(config: Config, *, resume: str | None = None) -> Path:
             for part, module in task.trained().items():
                 load_part(module, Path(config.training.init_from), part)
             trainer.ema = EMA(task.trained(), decay=config.training.ema_decay)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        if dist.is_main():
+            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         return Loop(trainer).run()
 
 
-def _start(run_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, if any."""
-    if resume is None:
-        if checkpoint.list_checkpoints(run_dir) or (run_dir / "final").exists():
-            raise UserError(
-                f"{run_dir} already holds checkpoints; go on with --resume latest, or choose another run_dir"
-            )
-        return None
-    if resume != "latest":
-        checkpoint.verify(resume)
-        return Path(resume)
-    newest = checkpoint.latest(run_dir)
-    print(f"resuming from {newest}" if newest else f"no checkpoint in {run_dir} yet: starting afresh")
-    return newest
-
-
-def _from_checkpoint(config: Config, start: Path) -> Config:
-    """The config to build a resumed task from: what its parts were first made from is history."""
-    return with_sources(config, start) if config.data.cache_dir is not None else without_sources(config)
+@contextmanager
+def _sole_use(run_dir: Path) -> Iterator[None]:
+    """The lock on the run folder, which the main process holds for all."""
+    with checkpoint.RunLock(run_dir) if dist.is_main() else nullcontext():
+        yield
 
 
 class Loop:
@@ -74,8 +57,6 @@ class Loop:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.settings, self.run_dir = trainer, trainer.settings, trainer.run_dir
-        self.failed_saves = 0
-        self.saved_at: int | None = None  # the step of this run's own last checkpoint
 
     def run(self) -> Path:
         """Train to `max_train_steps`, or as long as nobody wants it to stop.
@@ -83,7 +64,8 @@ class Loop:
         Returns the folder of the finished model, or of the checkpoint to go on from.
         """
         most = self.settings.max_train_steps
-        log = RunLog(self.run_dir, first_step=self.trainer.step, num_steps=most)
+        first = self.trainer.step
+        log = RunLog(self.run_dir, first_step=first, num_steps=most) if dist.is_main() else NoLog()
         self.trainer.say = log.say
         stream = self.trainer.train_batches()
         for module in self.trainer.trained.values():
@@ -95,6 +77,8 @@ class Loop:
         finally:
             stream.close()  # stops the data workers now, not when the garbage is collected
             log.close()
+        if not dist.is_main():
+            return done
         if self.trainer.step == most:
             print(f"finished: {done}")
         else:
@@ -104,11 +88,12 @@ class Loop:
             )
         return done
 
-    def _steps(self, stream: Iterator[Batch], log: RunLog, stop: StopRequest, *, until: int) -> None:
+    def _steps(self, stream: Iterator[Batch], log: RunLog | NoLog, stop: StopRequest, *, until: int) -> None:
         settings = self.settings
         seconds, losses = 0.0, []
-        while self.trainer.step < until and stop.name is None:
+        while self.trainer.step < until and not dist.any_of(stop.name is not None):
             began = time.perf_counter()
+            self.trainer.settle(wait=False)
             values = self.trainer.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
             seconds += time.perf_counter() - began
             losses.append(values["loss"])
@@ -116,29 +101,19 @@ class Loop:
             last = self.trainer.step == settings.max_train_steps
             held_out = self._look(last)
             if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
-                clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps
+                clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps * dist.size()
                 values |= {"loss": mean_of_finite(losses), "videos_per_second": clips / seconds}
                 log.write(self.trainer.step, values | held_out)
                 seconds, losses = 0.0, []
             if self.trainer.step % settings.checkpointing_steps == 0 or last:
-                self._try_to_save()
+                self.trainer.save()
 
     def _pause(self) -> Path:
         """The checkpoint of this step."""
-        if self.saved_at != self.trainer.step:  # one of that name may be there and be another run's
-            self.trainer.save()
+        if self.trainer.saved_at != self.trainer.step:  # one of that name may be there and be another run's
+            self.trainer.save(must=True)
+        self.trainer.settle(wait=True, must=True)
         return self.run_dir / f"checkpoint-{self.trainer.step}"
-
-    def _try_to_save(self) -> None:
-        """Save; a disk that is full costs the checkpoint, and the run only when it stays so."""
-        try:
-            self.trainer.save()
-            self.failed_saves, self.saved_at = 0, self.trainer.step
-        except CannotWrite as error:
-            self.failed_saves += 1
-            if self.failed_saves == MAX_FAILED_SAVES:
-                raise
-            self.trainer.say(f"warning: {error}; what was there still is, and the run goes on")
 
     def _look(self, last: bool) -> dict[str, float]:
         """Validate and preview with the averaged weights, when it is time; returns the validation losses, if any."""

@@ -63,3 +63,15 @@ class RunLog:
         for file in (self._file, self._board):
             with suppress(OSError):  # what a full disk has kept them from writing
                 file.close()
+
+
+class NoLog:
+    """What the processes that do not write the run folder have for a log."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def advance(self, loss: float) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdm import dist
 from vdm.components import Components, build_text_encoder, build_unet, build_vae, with_sources
 from vdm.config import Config
 from vdm.data.dataset import ClipDataset
@@ -32,13 +33,18 @@ from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
 
 Split = Literal["train", "validation"]
-NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed
+NOISE, POSTERIOR, DROPOUT = range(3)  # what a clip's random stream is for; the last word of its seed
+
+
+def clip_seed(seed: int, position: int, purpose: int) -> int:
+    """The seed of one clip's random stream for one purpose, below 2**63."""
+    state = np.random.SeedSequence([seed, position, purpose]).generate_state(1, np.uint64)
+    return int(state[0] >> 1)
 
 
 def clip_generator(seed: int, position: int, purpose: int) -> torch.Generator:
     """The random stream of one clip for one purpose, on the CPU."""
-    state = np.random.SeedSequence([seed, position, purpose]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return torch.Generator().manual_seed(clip_seed(seed, position, purpose))
 
 
 class Task(ABC):
@@ -75,7 +81,7 @@ class Task(ABC):
 
     def _stream(self, split: Split) -> dict[str, Any]:
         training = self.config.training
-        global_batch = training.batch_size * training.gradient_accumulation_steps
+        global_batch = training.batch_size * training.gradient_accumulation_steps * dist.size()
         return {"split": split, "seed": self.config.seed, "batch_size": global_batch}
 
     @abstractmethod
@@ -298,6 +304,8 @@ def warn_of_random_parts(config: Config) -> None:
 
 def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: float) -> None:
     """Clips (B,3,T,H,W) in [-1,1] as mp4 files and one contact sheet."""
+    if not dist.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     clips = [to_uint8(clip.float().cpu()) for clip in video]
     for number, clip in enumerate(clips):

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vdm import checkpoint
+from vdm import checkpoint, dist
 from vdm.components import save_parts
-from vdm.config import Config, load, to_yaml
+from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
-from vdm.errors import UserError
+from vdm.errors import CannotWrite, UserError
+from vdm.models.dropout import clip_seeds
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
 from vdm.training.optim import build_optimizer, learning_rate
-from vdm.training.parallel import checkpoint_activations
+from vdm.training.parallel import parallelize
+from vdm.training.resuming import require_same_run
+from vdm.training.saving import Writer
 from vdm.training.settings import AUTOCAST
-from vdm.training.task import Task
+from vdm.training.task import DROPOUT, Task, clip_seed
 
-DROPOUT = 2  # what a step's random stream is for; the last word of its seed
+MAX_FAILED_SAVES = 3  # in a row
 
 
 class Trainer:
@@ -36,6 +42,7 @@ class Trainer:
         self.settings = config.training
         self.step = 0
         self.trained = task.trained()
+        self.parallel = parallelize(self.trained, partial(self._losses, training=True), self.settings)
         self.parameters = [p for module in self.trained.values() for p in module.parameters()]
         self.optimizer = build_optimizer(self.trained.values(), self.settings)
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
@@ -46,18 +53,21 @@ class Trainer:
         self.faults = Faults()
         self.validated: dict[str, float] = {}  # the losses of the last validation
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
-        if self.settings.gradient_checkpointing != "none":
-            for module in self.trained.values():
-                checkpoint_activations(module)
+        in_background = self.settings.save_in_background
+        self.failed_saves = 0  # in a row
+        self.saved_at: int | None = None  # the step of this run's own last checkpoint
+        self.writer = Writer(in_background=task.device.type == "cuda" if in_background is None else in_background)
 
     def train_batches(self) -> Generator[Batch, None, None]:
         data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
         stream = batches(
             self.clips,
             batch_size=self.settings.batch_size,
-            start_batch=self.step * micro_steps,
+            start_batch=self.step * micro_steps * dist.size(),
             num_workers=data.dataloader_num_workers,
             pin_memory=data.pin_memory,
+            rank=dist.rank(),
+            num_ranks=dist.size(),
         )
         for batch in stream:
             self.bad.note(batch.bad)
@@ -78,16 +88,17 @@ class Trainer:
         rate = learning_rate(self.step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._seed_dropout()
-        totals: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            values = self._losses(batch, training=True)
-            self.scaler.scale(values["loss"] / len(micro_batches)).backward()
+        totals: dict[str, float] = {}
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._dropout(batch), self.parallel.micro_step(last=number == len(micro_batches)):
+                values = self.parallel.losses(batch)
+                self.scaler.scale(values["loss"] / len(micro_batches)).backward()
             for name, value in values.items():
-                totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
+                totals[name] = totals.get(name, 0.0) + float(value.detach()) / len(micro_batches)
+        numbers = dist.mean(totals)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        trouble = self._trouble(totals["loss"], norm)
+        norm = dist.number(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        trouble = self._trouble(numbers["loss"], norm)
         if trouble is None or self.scaler.is_enabled():  # which skips steps with such gradients by itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -98,19 +109,17 @@ class Trainer:
         else:
             self._skip(micro_batches, trouble)
         self.step += 1
-        numbers = {name: float(value) for name, value in totals.items()}
-        return {**numbers, "lr": rate, "grad_norm": float(norm), "skipped_steps": float(self.faults.skipped)}
+        return {**numbers, "lr": rate, "grad_norm": norm, "skipped_steps": float(self.faults.skipped)}
 
-    def _seed_dropout(self) -> None:
-        state = np.random.SeedSequence([self.config.seed, self.step, DROPOUT]).generate_state(1, np.uint64)
-        torch.manual_seed(int(state[0] >> 1))
+    def _dropout(self, batch: Batch) -> AbstractContextManager[None]:
+        return clip_seeds([clip_seed(self.config.seed, position, DROPOUT) for position in batch.positions])
 
-    def _trouble(self, loss: Tensor, norm: Tensor) -> str | None:
+    def _trouble(self, loss: float, norm: float) -> str | None:
         """What is not finite, if anything is. Gradients may overflow as long as the scaler can be lowered."""
-        if not torch.isfinite(loss):
-            return f"the loss is {float(loss)}"
-        if not torch.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1.0):
-            return f"the gradient norm is {float(norm)}"
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1.0):
+            return f"the gradient norm is {norm}"
         return None
 
     def _skip(self, micro_batches: list[Batch], trouble: str) -> None:
@@ -119,16 +128,19 @@ class Trainer:
         self.faults.skipped += 1
         self.faults.in_a_row += 1
 
-        def loss_of(batch: Batch) -> Tensor:
-            self._seed_dropout()
-            return self._losses(batch, training=True)["loss"]
+        def gradients_of(batch: Batch) -> Tensor:
+            with self._dropout(batch):
+                loss = self._losses(batch, training=True)["loss"]
+                loss.backward()
+            return loss
 
-        culprits = find_culprits(micro_batches, self.task.modules, loss_of)
-        told = "; ".join(map(str, culprits)) or "each clip alone is finite"
+        culprits = dist.gathered(find_culprits(micro_batches, self.task.modules, gradients_of))
+        told = "; ".join(map(str, chain(*culprits))) or "each clip alone is finite"
         self.say(f"warning: step {self.step + 1} is skipped, for {trouble}: {told}")
         if self.faults.in_a_row % self.settings.max_bad_steps:
             return
-        good = None if self.faults.went_back else checkpoint.latest(self.run_dir)
+        self.settle(wait=True)
+        good = None if self.faults.went_back else dist.from_main(checkpoint.latest(self.run_dir))
         if good is None:
             self._give_up(micro_batches, told)
         self._load_state(good)
@@ -137,7 +149,10 @@ class Trainer:
 
     def _give_up(self, micro_batches: list[Batch], told: str) -> NoReturn:
         bundle = self.run_dir / f"replay-{self.step + 1}"
-        write_bundle(bundle, to_yaml(self.config), self.task.modules, micro_batches, step=self.step)
+        weights = {part: dist.whole(module.state_dict()) for part, module in self.task.modules.items()}
+        batches = list(chain(*dist.gathered(micro_batches)))
+        if dist.is_main():
+            write_bundle(bundle, to_yaml(self.config), weights, batches, step=self.step)
         raise FloatingPointError(
             f"{self.settings.max_bad_steps} steps in a row were not finite, the last for {told}; "
             f"{bundle} holds its weights and clips, and the last checkpoint stands"
@@ -159,42 +174,53 @@ class Trainer:
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
         return totals
 
-    def save(self) -> None:
-        """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs."""
+    def save(self, *, must: bool = False) -> None:
+        """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs.
+
+        A disk that is full costs the checkpoint, and the run only when it stays so, or `must` is said: CannotWrite.
+        """
+        self.settle(wait=True)
         path = self.run_dir / f"checkpoint-{self.step}"
-        weights = {part: module.state_dict() for part, module in self.task.whole().items()}
-        weights |= {f"{part}.ema": self.ema.state_dict(part) for part in self.trained}
-        checkpoint.save_checkpoint(
-            path,
-            config_yaml=to_yaml(self.config),
-            weights=weights,
-            trainer_state={
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "ema_updates": self.ema.num_updates,
-                "faults": asdict(self.faults),
-            },
-            info={"step": self.step, "task": self.settings.task, **self.validated},
-        )
+        for module in self.trained.values():
+            dist.unite_flags(module)
+        parts = self.task.whole() if dist.is_main() else self.task.modules
+        weights = {part: dist.whole(module.state_dict()) for part, module in parts.items()}
+        weights |= {f"{part}.ema": dist.whole(self.ema.state_dict(part)) for part in self.trained}
+        trainer_state = {
+            "optimizer": dist.whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.ema.num_updates,
+            "faults": asdict(self.faults),
+        }
+        info = {"step": self.step, "task": self.settings.task, **self.validated}
+        self.writer.start(path, to_yaml(self.config), weights, trainer_state, info)
         self.faults.went_back &= self.faults.in_a_row > 0
+        self.settle(wait=must or not self.writer.in_background, must=must)
+
+    def settle(self, *, wait: bool, must: bool = False) -> None:
+        """See to a checkpoint that is being written, if it is there by now, or once it is."""
+        try:
+            path = self.writer.written(wait=wait)
+        except CannotWrite as error:
+            self.failed_saves += 1
+            if must or self.failed_saves == MAX_FAILED_SAVES:
+                raise
+            self.say(f"warning: {error}; what was there still is, and the run goes on")
+            return
+        if path is None:
+            return
+        self.failed_saves, self.saved_at = 0, int(path.name.removeprefix("checkpoint-"))
         self.task.came_from(path)
         settings = self.settings
         best = "val_loss" if settings.keep_best else None
         retention = checkpoint.Retention(settings.keep_checkpoints, settings.keep_every, best)
-        checkpoint.prune(self.run_dir, retention=retention)
+        if dist.is_main():
+            checkpoint.prune(self.run_dir, retention=retention)
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises `UserError` where it belongs to another model or kind of training."""
-        manifest = checkpoint.verify(path)
-        info = manifest.info
-        if info.get("task") != self.settings.task:
-            raise UserError(f"{path} is of a run with training.task={info.get('task')}, not {self.settings.task}")
-        learned = {part.removesuffix(".ema") for part in manifest.parts if part.endswith(".ema")}
-        if learned and learned != set(self.trained):
-            raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; set text.text_trainable so")
-        theirs = load(path / checkpoint.CONFIG).training.optimizer
-        if theirs != self.settings.optimizer:
-            raise UserError(f"{path} is of a run with training.optimizer={theirs}; resume it with that")
+        """Go on from a checkpoint. Raises `UserError` where it belongs to another kind of run."""
+        require_same_run(self.config, path)
+        info = checkpoint.verify(path).info
         state = self._load_state(path)
         self.task.came_from(path)
         self.faults = Faults(**state.get("faults", {}))
@@ -207,13 +233,20 @@ class Trainer:
         # Frozen parts too: what they were first made from may have changed, or be gone.
         for part, module in self.task.modules.items():
             try:
-                module.load_state_dict(checkpoint.load_weights(path, part))
+                weights = checkpoint.load_weights(path, part)
+                ours = module.state_dict()
+                module.load_state_dict({n: dist.share_of(t, like=ours.get(n, t)) for n, t in weights.items()})
             except RuntimeError as error:
                 reason = str(error).splitlines()[1].strip()
                 raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
         # The moments are the checkpoint's; weight decay and the like are what this run's config says.
         settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
+        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            number: {n: dist.share_of(v, like=numbered[number]) for n, v in moment.items()}
+            for number, moment in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
         self.scaler.load_state_dict(state["scaler"])
         averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
         self.ema.load(averages, num_updates=state["ema_updates"])
@@ -221,7 +254,11 @@ class Trainer:
 
     def finish(self) -> Path:
         """Write the finished model, with the averaged weights, to `final`."""
+        self.settle(wait=True)
         final = self.run_dir / "final"
         with self.ema.applied():
-            save_parts(final, self.config, self.task.whole(), info={"step": self.step, "task": self.settings.task})
+            parts = self.task.whole() if dist.is_main() else self.task.modules
+            weights = {part: dist.whole(module.state_dict()) for part, module in parts.items()}
+            if dist.is_main():
+                save_parts(final, self.config, weights, info={"step": self.step, "task": self.settings.task})
         return final
