@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -38,10 +40,10 @@ def run(command: Callable[[Sequence[str]], None]) -> int:
     try:
         command(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return 2
     except (Failure, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return 1
     except BadClipsFound:
         return 3
@@ -49,6 +51,14 @@ def run(command: Callable[[Sequence[str]], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+def _tell(error: Exception) -> None:
+    """The one sentence; of several processes the main one says it, and torchrun says what ended the others."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": f"error: {error}", "timestamp": int(time.time())}))
 
 
 def train_command(arguments: Sequence[str]) -> None:
@@ -66,9 +76,6 @@ def train_command(arguments: Sequence[str]) -> None:
         raise UserError("train.py --plan is not there yet; leave it out")
     if options.verify_resume and options.resume is not None:
         raise UserError("--verify_resume trains from the start, in folders of its own; leave --resume out")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not there yet; start train.py with python, not torchrun")
-
     from vdm.config import load  # after parsing: --help answers at once
     from vdm.training.loop import train
     from vdm.training.verify import verify_resume

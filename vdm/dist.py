@@ -16,6 +16,8 @@ import torch.distributed as process_group
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vdm.errors import Failure
+
 Anything = TypeVar("Anything")
 
 
@@ -48,8 +50,11 @@ def device() -> torch.device:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within the context the processes that torchrun started can talk; for one alone there is nothing to do."""
-    if size() == 1:
+    """Within the context the processes that torchrun started can talk; for one alone there is nothing to do.
+
+    Raises Failure where another process is lost.
+    """
+    if size() == 1 or process_group.is_initialized():
         yield
         return
     here = device()
@@ -59,8 +64,11 @@ def together() -> Iterator[None]:
     process_group.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
     try:
         yield
-    finally:
-        process_group.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, process_group.DistError) or "gloo" in str(error).lower():
+            raise Failure(f"process {rank()} of {size()} has lost another one, which says why") from error
+        raise
+    process_group.destroy_process_group()  # not after an error, when others may be gone
 
 
 def mean(values: Mapping[str, float]) -> dict[str, float]:

@@ -132,9 +132,10 @@ def test_train_refuses_a_data_set_with_too_many_unreadable_clips(command: Comman
     assert not written(tmp_path / "other")
 
 
-def test_train_refuses_to_run_in_several_processes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_says(command("train.py", TINY).error, "several processes is not there yet")
+def test_the_number_of_processes_must_be_the_one_that_is_said(command: Command, tmp_path: Path) -> None:
+    result = command("train.py", TINY, f"run_dir={tmp_path / 'run'}", "training.num_gpus=2")
+    assert_says(result.error, "training.num_gpus is 2, but processes are 1: .*nproc_per_node=2")
+    assert not written(tmp_path / "run")
 
 
 # ---- sample.py

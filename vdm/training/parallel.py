@@ -48,6 +48,7 @@ class Replicas:
         self.losses = losses
         self._replicas: DistributedDataParallel | None = None
         if dist.size() > 1:
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its new name is too new
             # No buffer needs to be sent around: what they hold is either constant or united when it is saved.
             self._replicas = DistributedDataParallel(_Together(modules, losses), broadcast_buffers=False)
             self.losses = self._replicas
@@ -87,7 +88,8 @@ class Shards:
             _contiguous(module.parameters())
             for layer in _layers(module):
                 fully_shard(layer, mp_policy=policy)
-            fully_shard(module, mp_policy=policy)
+            # After validation too the weights are to be shares again, which nothing but this sees to.
+            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
             if hasattr(module, "pooled_and_context"):
                 register_fsdp_forward_method(module, "pooled_and_context")
         self._roots = [module for module in modules.values() if isinstance(module, FSDPModule)]

@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from vdm import dist
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,4 +36,5 @@ class StopRequest:
         if self.name is not None:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        print(f"\n{self.name}: the run ends with a checkpoint after this step; once more ends it now", file=sys.stderr)
+        if dist.is_main():
+            print(f"\n{self.name}: the run ends with a checkpoint after this step; once more ends it now", file=sys.stderr)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -48,6 +48,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = EMA(self.trained, decay=self.settings.ema_decay)
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
+        self._check_processes()
         record = run_dir / "bad_clips.jsonl"
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
@@ -57,6 +58,19 @@ class Trainer:
         self.failed_saves = 0  # in a row
         self.saved_at: int | None = None  # the step of this run's own last checkpoint
         self.writer = Writer(in_background=task.device.type == "cuda" if in_background is None else in_background)
+
+    def _check_processes(self) -> None:
+        claimed, there = self.settings.num_gpus, dist.size()
+        if claimed not in (None, there):
+            raise UserError(
+                f"training.num_gpus is {claimed}, but processes are {there}: start torchrun "
+                f"--nproc_per_node={claimed} train.py ..., or set training.num_gpus={there} and effective_batch_size"
+            )
+        if self.clips.num_clips < there:
+            raise UserError(
+                f"there are {self.clips.num_clips} training clips for {there} processes; start at most as many "
+                "processes as clips, or give more clips"
+            )
 
     def train_batches(self) -> Generator[Batch, None, None]:
         data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
@@ -73,14 +87,34 @@ class Trainer:
             self.bad.note(batch.bad)
             yield batch
 
-    def held_out_batches(self, batch_size: int) -> Generator[Batch, None, None]:
+    def held_out_batches(self, batch_size: int, *, shared: bool = False) -> Generator[Batch, None, None]:
+        """One pass over the validation clips; of batches that are shared out, this process's own."""
         data = self.config.data
         return batches(
             self.held_out,
             batch_size=batch_size,
             num_workers=data.dataloader_num_workers,
             pin_memory=data.pin_memory,
+            rank=dist.rank() if shared else 0,
+            num_ranks=dist.size() if shared else 1,
         )
+
+    def _validation(self) -> Iterator[tuple[Batch, float]]:
+        """This process's validation batches, each with its share of all validation clips.
+
+        Every process gets as many, for together they gather sharded weights; what one gets beyond its own counts
+        nothing.
+        """
+        size, total = self.settings.batch_size, len(self.held_out)
+        with closing(self.held_out_batches(size, shared=True)) as stream:
+            batch = None
+            for _ in range(-(-total // (size * dist.size()))):
+                if (own := next(stream, None)) is not None:
+                    batch = own
+                elif batch is None:
+                    with closing(self.held_out_batches(size)) as others:
+                        batch = next(others)
+                yield batch, 0.0 if own is None else len(batch.ids) / total
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the mean of each loss, the learning rate, the gradient's norm, and how many steps
@@ -167,12 +201,11 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Mean losses over the validation clips, with draws that are the same at every call."""
         totals: dict[str, float] = {}
-        for batch in self.held_out_batches(self.settings.batch_size):
+        for batch, share in self._validation():
             self.bad_held_out.note(batch.bad)
             for name, value in self._losses(batch, training=False).items():
-                share = len(batch.ids) / len(self.held_out)
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
-        return totals
+        return dist.summed(totals)
 
     def save(self, *, must: bool = False) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs.
