@@ -127,10 +127,16 @@ def no_room() -> Iterator[Callable[[int], None]]:
     limit(-1)
 
 
+@pytest.mark.parametrize("in_background", ["false", "true"])
 def test_a_full_disk_costs_checkpoints_and_only_after_three_of_them_the_run(
-    tmp_path: Path, no_room: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_room: Callable[[int], None], capsys: pytest.CaptureFixture[str], in_background: str
 ) -> None:
-    common = [f"run_dir={tmp_path}", "training.checkpointing_steps=2", "training.validation_steps=5"]
+    common = [
+        f"run_dir={tmp_path}",
+        f"training.save_in_background={in_background}",
+        "training.checkpointing_steps=2",
+        "training.validation_steps=5",
+    ]
     train(load(TINY, [*common, "training.stop_after_steps=2"]))
     before = (tmp_path / "checkpoint-2" / "unet.safetensors").read_bytes()
     capsys.readouterr()
