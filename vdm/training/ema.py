@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vdm import dist
+
 
 class EMA:
     """Exponential moving average, in float32, of the parameters of some modules; buffers follow the modules.
@@ -42,7 +44,7 @@ class EMA:
         self.num_updates = num_updates
         for part, shadow in self.shadow.items():
             for name, average in shadow.items():
-                average.copy_(states[part][name])
+                average.copy_(dist.share_of(states[part][name], like=average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vdm.checkpoint import save_checkpoint
 from vdm.data.loader import Batch
@@ -59,7 +60,7 @@ def find_culprits(
             one = single(batch, number)
             with first_not_finite(modules) as seen:
                 loss = gradients_of(one)
-            module = seen[0] if seen else "the loss" if not torch.isfinite(loss) else next(_bad_gradients(modules), "")
+            module = next(_traces(seen, loss, modules), "")
             for part in modules.values():
                 part.zero_grad(set_to_none=True)
             if module:
@@ -74,19 +75,49 @@ def single(batch: Batch, number: int) -> Batch:
     return replace(batch, video=batch.video[chosen], **lists)
 
 
-@contextmanager
-def first_not_finite(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Within the context, the names of the modules whose output is not finite, in the order of their outputs.
+@dataclass(frozen=True)
+class Seen:
+    """The names of the modules whose output is not finite, or the gradient of it, in the order in which they came.
 
-    A module's parts come before it, so the first is the innermost.
+    A module's parts come before it, so the first of the outputs is the innermost.
     """
-    seen: list[str] = []
+
+    outputs: list[str] = field(default_factory=list)
+    gradients: list[str] = field(default_factory=list)
+
+
+def _traces(seen: Seen, loss: Tensor, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Where what is not finite shows, the first place first."""
+    yield from seen.outputs
+    if not torch.isfinite(loss):
+        yield "the loss"
+    if not any(isinstance(p, DTensor) for module in modules.values() for p in module.parameters()):
+        yield from _bad_gradients(modules)
+    else:  # a sharded weight's gradient is that of all processes' clips
+        yield from (f"the gradient at {name}" for name in seen.gradients)
+
+
+@contextmanager
+def first_not_finite(modules: Mapping[str, nn.Module]) -> Iterator[Seen]:
+    """Within the context, what a forward and a backward pass see."""
+    seen = Seen()
+
+    def finite(tensor: Tensor) -> bool:
+        return bool(torch.isfinite(tensor).all())
 
     def hook(name: str) -> Callable[..., None]:
+        def look_back(gradient: Tensor) -> None:
+            if not finite(gradient):
+                seen.gradients.append(name)
+
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple | list) else (output,)
-            if any(isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
-                seen.append(name)
+            for tensor in output if isinstance(output, tuple | list) else (output,):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    continue
+                if not finite(tensor):
+                    seen.outputs.append(name)
+                if tensor.requires_grad:
+                    tensor.register_hook(look_back)
 
         return look
 

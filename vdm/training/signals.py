@@ -37,4 +37,6 @@ class StopRequest:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         if dist.is_main():
-            print(f"\n{self.name}: the run ends with a checkpoint after this step; once more ends it now", file=sys.stderr)
+            print(
+                f"\n{self.name}: the run ends with a checkpoint after this step; once more ends it now", file=sys.stderr
+            )
