@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vdm.checkpoint import save_checkpoint
 from vdm.config import Config, to_yaml
@@ -125,13 +125,15 @@ def fill_part(module: nn.Module, stored: StoredModel, part: str) -> None:
 def save_parts(
     path: str | Path,
     config: Config,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module | Mapping[str, Tensor]],
     *,
     dtype: torch.dtype | None = None,
     info: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint folder without trainer state; of a text tower trained here, only the tokens it saw."""
-    weights = {part: Weights.of(module.state_dict()) for part, module in modules.items()}
+    """Write a checkpoint folder of modules or state dicts, without trainer state; of a text tower that was trained here
+    only the tokens that it saw."""
+    states = {part: held.state_dict() if isinstance(held, nn.Module) else held for part, held in modules.items()}
+    weights = {part: Weights.of(state) for part, state in states.items()}
     if "text" in weights:
         weights["text"] = pack_vocabulary(weights["text"])
     weights = {part: state.cast(dtype) for part, state in weights.items()}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-import torch.utils.checkpoint
 from torch import nn
 
-from vdm.models.blocks import UNetLayer
+from vdm.training.recompute import blocks, recomputed
+from vdm.training.settings import Recompute
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute every UNet layer in the backward pass instead of keeping its activations; results do not change."""
-    for module in model.modules():
-        if isinstance(module, UNetLayer):
-            module.forward = partial(_recomputed, module, module.forward)  # type: ignore[method-assign]
+def checkpoint_activations(model: nn.Module, *, how: bool | Recompute) -> None:
+    """Compute activations again in the backward pass instead of keeping them; results do not change.
 
-
-def _recomputed(module: nn.Module, forward: Any, *args: Any) -> Any:
-    if not module.training:
-        return forward(*args)
-    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
+    `how` is `training.gradient_checkpointing`: nothing, what is cheap, or whole blocks.
+    """
+    if how not in ("cheap", "block"):
+        return
+    for block in blocks(model):
+        block.forward = partial(recomputed, block, block.forward, how)

@@ -18,8 +18,10 @@ from vdm.config import Config, load, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
 from vdm.errors import UserError
+from vdm.training.adam import AdamW
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
+from vdm.training.in_backward import InBackward
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.settings import AUTOCAST
@@ -37,18 +39,28 @@ class Trainer:
         self.step = 0
         self.trained = task.trained()
         self.parameters = [p for module in self.trained.values() for p in module.parameters()]
-        self.optimizer = build_optimizer(self.trained.values(), self.settings)
+        if self.settings.weights_dtype == "bf16":
+            for module in self.trained.values():
+                module.to(torch.bfloat16)
+        self.optimizer = build_optimizer(self.trained.values(), self.settings, seed=config.seed)
+        self.in_backward: InBackward | None = None
+        if self.settings.optimizer_in_backward:
+            assert isinstance(self.optimizer, AdamW)
+            self.in_backward = InBackward(self.optimizer, max_grad_norm=self.settings.max_grad_norm)
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
-        self.ema = EMA(self.trained, decay=self.settings.ema_decay)
+        self.ema = self.new_ema()
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
         record = run_dir / "bad_clips.jsonl"
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
         self.validated: dict[str, float] = {}  # the losses of the last validation
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
-        if self.settings.gradient_checkpointing != "none":
-            for module in self.trained.values():
-                checkpoint_activations(module)
+        for module in self.trained.values():
+            checkpoint_activations(module, how=self.settings.gradient_checkpointing)
+
+    def new_ema(self) -> EMA:
+        """Averages that begin at the weights of now."""
+        return EMA(self.trained, decay=self.settings.ema_decay, offload=self.settings.ema_offload)
 
     def train_batches(self) -> Generator[Batch, None, None]:
         data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
@@ -82,11 +94,11 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for batch in micro_batches:
             values = self._losses(batch, training=True)
-            self.scaler.scale(values["loss"] / len(micro_batches)).backward()
+            self._backward(values["loss"] / len(micro_batches))
             for name, value in values.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        norm = self._clip()
         trouble = self._trouble(totals["loss"], norm)
         if trouble is None or self.scaler.is_enabled():  # which skips steps with such gradients by itself
             self.scaler.step(self.optimizer)
@@ -100,6 +112,19 @@ class Trainer:
         self.step += 1
         numbers = {name: float(value) for name, value in totals.items()}
         return {**numbers, "lr": rate, "grad_norm": float(norm), "skipped_steps": float(self.faults.skipped)}
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.in_backward is None:
+            self.scaler.scale(loss).backward()
+        elif torch.isfinite(loss):  # else nothing may move
+            with self.in_backward.armed():
+                loss.backward()
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, where they are still there; returns their norm before that."""
+        if self.in_backward is not None:
+            return torch.tensor(self.in_backward.norm)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
 
     def _seed_dropout(self) -> None:
         state = np.random.SeedSequence([self.config.seed, self.step, DROPOUT]).generate_state(1, np.uint64)
@@ -173,6 +198,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "ema_updates": self.ema.num_updates,
                 "faults": asdict(self.faults),
+                "in_backward": None if self.in_backward is None else self.in_backward.state_dict(),
             },
             info={"step": self.step, "task": self.settings.task, **self.validated},
         )
@@ -192,9 +218,10 @@ class Trainer:
         learned = {part.removesuffix(".ema") for part in manifest.parts if part.endswith(".ema")}
         if learned and learned != set(self.trained):
             raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; set text.text_trainable so")
-        theirs = load(path / checkpoint.CONFIG).training.optimizer
-        if theirs != self.settings.optimizer:
-            raise UserError(f"{path} is of a run with training.optimizer={theirs}; resume it with that")
+        theirs = load(path / checkpoint.CONFIG).training
+        for key in ("optimizer", "optimizer_states"):
+            if getattr(theirs, key) != getattr(self.settings, key):
+                raise UserError(f"{path} is of a run with training.{key}={getattr(theirs, key)}; resume it with that")
         state = self._load_state(path)
         self.task.came_from(path)
         self.faults = Faults(**state.get("faults", {}))
@@ -215,6 +242,8 @@ class Trainer:
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
         self.scaler.load_state_dict(state["scaler"])
+        if self.in_backward is not None:
+            self.in_backward.load_state_dict(state.get("in_backward") or {"last_norm": None})
         averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
         self.ema.load(averages, num_updates=state["ema_updates"])
         return dict(state)
@@ -222,6 +251,7 @@ class Trainer:
     def finish(self) -> Path:
         """Write the finished model, with the averaged weights, to `final`."""
         final = self.run_dir / "final"
-        with self.ema.applied():
-            save_parts(final, self.config, self.task.whole(), info={"step": self.step, "task": self.settings.task})
+        averages = {part: self.ema.state_dict(part) for part in self.trained}
+        info = {"step": self.step, "task": self.settings.task}
+        save_parts(final, self.config, {**self.task.whole(), **averages}, info=info)
         return final
