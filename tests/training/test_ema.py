@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.memory import LiveBytes
 from vdm.training.ema import EMA
 
 
@@ -117,3 +123,67 @@ def test_a_loaded_average_goes_on_bit_for_bit() -> None:
         other.update()
     assert_equal(ema.shadow["net"], other.shadow["net"])
     assert not torch.equal(ema.shadow["net"]["0.weight"], stored["0.weight"])
+
+
+# ---- averages in the memory of the CPU, and weights in bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_averages_are_the_same_numbers(dtype: torch.dtype) -> None:
+    net, twin = network().to(dtype), network().to(dtype)
+    here, there = EMA({"net": net}, decay=0.9), EMA({"net": twin}, decay=0.9, offload=True)
+    for seed in range(1, 6):
+        for module, ema in ((net, here), (twin, there)):
+            stir(module, seed)
+            ema.update()
+        if seed == 3:
+            with there.applied():
+                assert_equal(
+                    state_of(twin), {n: t.to(twin.state_dict()[n]) for n, t in there.state_dict("net").items()}
+                )
+    assert_equal(dict(here.state_dict("net")), dict(there.state_dict("net")))
+    assert all(average.device.type == "cpu" for average in there.shadow["net"].values())
+
+
+def test_an_offloaded_average_is_of_the_weights_as_they_were() -> None:
+    net = nn.Linear(300, 300)
+    ema = EMA({"net": net}, decay=0.0, offload=True)
+    for seed in range(20):
+        stir(net, seed)
+        expected = net.weight.detach().clone()
+        ema.update()
+        with torch.no_grad():
+            net.weight += 100.0  # the next step, while the averages are on their way
+        assert torch.equal(ema.state_dict("net")["weight"], expected)
+
+
+def test_an_error_of_the_worker_is_not_lost() -> None:
+    net = nn.Linear(3, 3)
+    ema = EMA({"net": net}, decay=0.9, offload=True)
+    ema.shadow["net"]["weight"] = torch.zeros(7)
+    ema.update()
+    with pytest.raises(RuntimeError, match="size"):
+        ema.wait()
+
+
+def test_weights_in_bfloat16_come_back_and_their_averages_stay_in_float32() -> None:
+    net = network().bfloat16()
+    ema = EMA({"net": net}, decay=0.9)
+    stir(net, 1)
+    ema.update()
+    own, averages = state_of(net), {name: average.clone() for name, average in ema.shadow["net"].items()}
+    with ema.applied():
+        for name, p in net.named_parameters():
+            assert torch.equal(p, averages[name].bfloat16())
+            assert torch.equal(ema.state_dict("net")[name], averages[name])
+    assert_equal(state_of(net), own)
+    assert_equal(ema.shadow["net"], averages)
+
+
+def test_applied_makes_no_second_copy() -> None:
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    ema = EMA({"net": net}, decay=0.9)
+    whole = sum(p.numel() * 4 for p in net.parameters())
+    with LiveBytes() as live, ema.applied():
+        pass
+    assert 0 < live.peak < 0.2 * whole

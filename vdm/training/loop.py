@@ -12,7 +12,6 @@ from vdm.components import load_part
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch
 from vdm.errors import CannotWrite
-from vdm.training.ema import EMA
 from vdm.training.faults import mean_of_finite
 from vdm.training.resuming import as_resumed, starting_point
 from vdm.training.runlog import NoLog, RunLog
@@ -39,7 +38,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         elif config.training.init_from is not None:
             for part, module in task.trained().items():
                 load_part(module, Path(config.training.init_from), part)
-            trainer.ema = EMA(task.trained(), decay=config.training.ema_decay)
+            trainer.ema = trainer.new_ema()
         if dist.is_main():
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         return Loop(trainer).run()

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from vdm.training.adam import AdamW
 from vdm.training.muon import Muon
 from vdm.training.settings import TrainingConfig
 
 
-def build_optimizer(modules: Iterable[nn.Module], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over all parameters alike, as the reference recipe has it, or Muon."""
+def build_optimizer(modules: Iterable[nn.Module], config: TrainingConfig, *, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over all parameters alike, as the reference recipe has it, or Muon.
+
+    `seed` is that of stochastic rounding, where weights or moments are kept in less than float32.
+    """
     modules = list(modules)
     learn = [p for module in modules for p in module.parameters() if p.requires_grad]
     settings: dict[str, Any] = {
@@ -24,9 +28,16 @@ def build_optimizer(modules: Iterable[nn.Module], config: TrainingConfig) -> tor
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
+        if needs_own_adamw(config):
+            return AdamW(learn, **settings, states=config.optimizer_states, seed=seed)
         return torch.optim.AdamW(learn, **settings)
     matrices = {id(p) for module in modules for p in _matrices(module)}
     return Muon([p for p in learn if id(p) in matrices], [p for p in learn if id(p) not in matrices], **settings)
+
+
+def needs_own_adamw(config: TrainingConfig) -> bool:
+    """Whether PyTorch's AdamW, whose steps take fewer and larger kernels, cannot do what the config asks for."""
+    return config.optimizer_states != "fp32" or config.weights_dtype == "bf16" or config.optimizer_in_backward
 
 
 def _matrices(module: nn.Module) -> Iterable[nn.Parameter]:

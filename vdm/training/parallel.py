@@ -6,36 +6,30 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from vdm import dist
 from vdm.data.loader import Batch
-from vdm.models.blocks import UNetLayer
-from vdm.training.settings import AUTOCAST, TrainingConfig
+from vdm.errors import UserError
+from vdm.training.recompute import blocks, recomputed
+from vdm.training.settings import AUTOCAST, Recompute, TrainingConfig
 
 Losses = Callable[[Batch], dict[str, Tensor]]
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute every UNet layer in the backward pass instead of keeping its activations; results do not change."""
-    for module in _layers(model):
-        module.forward = partial(_recomputed, module, module.forward)  # type: ignore[method-assign]
+def checkpoint_activations(model: nn.Module, *, how: bool | Recompute) -> None:
+    """Compute activations again in the backward pass instead of keeping them; results do not change.
 
-
-def _recomputed(module: nn.Module, forward: Any, *args: Any) -> Any:
-    if not module.training:
-        return forward(*args)
-    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
-
-
-def _layers(model: nn.Module) -> Iterator[UNetLayer]:
-    return (module for module in model.modules() if isinstance(module, UNetLayer))
+    `how` is `training.gradient_checkpointing`: nothing, what is cheap, or whole blocks.
+    """
+    if how not in ("cheap", "block"):
+        return
+    for block in blocks(model):
+        block.forward = partial(recomputed, block, block.forward, how)
 
 
 class Replicas:
@@ -86,8 +80,8 @@ class Shards:
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
         for module in modules.values():
             _contiguous(module.parameters())
-            for layer in _layers(module):
-                fully_shard(layer, mp_policy=policy)
+            for block in blocks(module):
+                fully_shard(block, mp_policy=policy)
             # After validation too the weights are to be shares again, which nothing but this sees to.
             fully_shard(module, mp_policy=policy, reshard_after_forward=True)
             if hasattr(module, "pooled_and_context"):
@@ -114,11 +108,38 @@ def _contiguous(parameters: Iterable[nn.Parameter]) -> None:
 def parallelize(modules: Mapping[str, nn.Module], losses: Losses, settings: TrainingConfig) -> Replicas | Shards:
     """Apply what the settings say to the modules that learn; `losses` computes a task's losses with them."""
     for module in modules.values():
-        if settings.gradient_checkpointing != "none":
-            checkpoint_activations(module)
+        checkpoint_activations(module, how=settings.gradient_checkpointing)
         if settings.compile:
-            for layer in _layers(module):
-                layer.compile()
+            for block in blocks(module):
+                block.compile()
     if settings.parallel == "fsdp" and dist.size() > 1:
         return Shards(modules, losses, settings)
     return Replicas(modules, losses)
+
+
+def require_possible(settings: TrainingConfig, *, num_clips: int) -> None:
+    """Raise UserError where so many processes cannot train so, or are not as many as is said."""
+    claimed, there = settings.num_gpus, dist.size()
+    if claimed not in (None, there):
+        raise UserError(
+            f"training.num_gpus is {claimed}, but processes are {there}: start torchrun "
+            f"--nproc_per_node={claimed} train.py ..., or set training.num_gpus={there} and effective_batch_size"
+        )
+    if num_clips < there:
+        raise UserError(
+            f"there are {num_clips} training clips for {there} processes; start at most as many processes as clips, "
+            "or give more clips"
+        )
+    if there > 1 and settings.optimizer_in_backward:
+        raise UserError(
+            "training.optimizer_in_backward moves weights before processes could exchange gradients; leave it out"
+        )
+    if there == 1 or settings.parallel == "ddp":
+        return
+    whole = {"optimizer": "adamw", "optimizer_states": "fp32", "weights_dtype": "fp32", "ema_offload": False}
+    for name, only in whole.items():
+        if getattr(settings, name) != only:
+            raise UserError(
+                f"training.{name}={getattr(settings, name)} wants whole weights, of which training.parallel=fsdp gives "
+                f"each process a share; leave it out, or set training.parallel=ddp"
+            )

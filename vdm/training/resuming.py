@@ -15,7 +15,7 @@ from vdm.errors import UserError
 # What the weights and moments of a checkpoint are made for, by the part that has to be in it.
 FIXED = {
     "": ("training.task", "training.optimizer", "training.optimizer_states", "training.weights_dtype",
-         "training.lora_rank", "training.optimizer_in_backward", "diffusion.prediction_type",
+         "training.lora_rank", "diffusion.prediction_type",
          "diffusion.num_train_timesteps"),
     "unet": ("model.",), "vae": ("vae.",), "text": ("text.",),
 }  # fmt: skip

@@ -108,6 +108,7 @@ class TrainingConfig:
         if isinstance(self.gradient_checkpointing, bool):  # the reference's spelling
             object.__setattr__(self, "gradient_checkpointing", "block" if self.gradient_checkpointing else "none")
         self._check_effective_batch_size()
+        self._check_memory()
 
     def _require(
         self,
@@ -135,4 +136,39 @@ class TrainingConfig:
                 f"training.effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x num_gpus {processes} is {actual}; "
                 "correct one of them or leave effective_batch_size out"
+            )
+
+    def _check_memory(self) -> None:
+        """What saves memory must be able to do so together."""
+        if self.weights_dtype == "bf16" and self.mixed_precision != "bf16":
+            raise UserError(
+                "training.weights_dtype=bf16 computes in bfloat16; set training.mixed_precision=bf16 too, not "
+                f"{self.mixed_precision}"
+            )
+        if self.optimizer == "muon":
+            for name, only in (
+                ("weights_dtype", "fp32"),
+                ("optimizer_states", "fp32"),
+                ("optimizer_in_backward", False),
+            ):
+                if getattr(self, name) != only:
+                    raise UserError(
+                        f"training.{name}={getattr(self, name)} is for AdamW; set training.optimizer=adamw, or leave "
+                        f"{name} out"
+                    )
+        if not self.optimizer_in_backward:
+            return
+        if self.gradient_accumulation_steps > 1:
+            raise UserError(
+                "training.optimizer_in_backward has no gradients to add up; set "
+                f"training.gradient_accumulation_steps=1, not {self.gradient_accumulation_steps}, or leave it out"
+            )
+        if self.mixed_precision == "fp16":
+            raise UserError(
+                "training.optimizer_in_backward cannot scale losses as fp16 needs it; set training.mixed_precision=bf16"
+            )
+        if (self.num_gpus or 1) > 1:
+            raise UserError(
+                "training.optimizer_in_backward moves weights before processes could exchange gradients; leave it out, "
+                f"or set training.num_gpus=1, not {self.num_gpus}"
             )

@@ -22,10 +22,12 @@ from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
 from vdm.errors import CannotWrite, UserError
 from vdm.models.dropout import clip_seeds
+from vdm.training.adam import AdamW
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
+from vdm.training.in_backward import InBackward
 from vdm.training.optim import build_optimizer, learning_rate
-from vdm.training.parallel import parallelize
+from vdm.training.parallel import parallelize, require_possible
 from vdm.training.resuming import require_same_run
 from vdm.training.saving import Writer
 from vdm.training.settings import AUTOCAST
@@ -41,14 +43,21 @@ class Trainer:
         self.config, self.task, self.run_dir = config, task, run_dir
         self.settings = config.training
         self.step = 0
+        self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
+        require_possible(self.settings, num_clips=self.clips.num_clips)
         self.trained = task.trained()
+        if self.settings.weights_dtype == "bf16":
+            for module in self.trained.values():
+                module.to(torch.bfloat16)
         self.parallel = parallelize(self.trained, partial(self._losses, training=True), self.settings)
         self.parameters = [p for module in self.trained.values() for p in module.parameters()]
-        self.optimizer = build_optimizer(self.trained.values(), self.settings)
+        self.optimizer = build_optimizer(self.trained.values(), self.settings, seed=config.seed)
+        self.in_backward: InBackward | None = None
+        if self.settings.optimizer_in_backward:
+            assert isinstance(self.optimizer, AdamW)
+            self.in_backward = InBackward(self.optimizer, max_grad_norm=self.settings.max_grad_norm)
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
-        self.ema = EMA(self.trained, decay=self.settings.ema_decay)
-        self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
-        self._check_processes()
+        self.ema = self.new_ema()
         record = run_dir / "bad_clips.jsonl"
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
@@ -59,18 +68,9 @@ class Trainer:
         self.saved_at: int | None = None  # the step of this run's own last checkpoint
         self.writer = Writer(in_background=task.device.type == "cuda" if in_background is None else in_background)
 
-    def _check_processes(self) -> None:
-        claimed, there = self.settings.num_gpus, dist.size()
-        if claimed not in (None, there):
-            raise UserError(
-                f"training.num_gpus is {claimed}, but processes are {there}: start torchrun "
-                f"--nproc_per_node={claimed} train.py ..., or set training.num_gpus={there} and effective_batch_size"
-            )
-        if self.clips.num_clips < there:
-            raise UserError(
-                f"there are {self.clips.num_clips} training clips for {there} processes; start at most as many "
-                "processes as clips, or give more clips"
-            )
+    def new_ema(self) -> EMA:
+        """Averages that begin at the weights of now."""
+        return EMA(self.trained, decay=self.settings.ema_decay, offload=self.settings.ema_offload)
 
     def train_batches(self) -> Generator[Batch, None, None]:
         data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
@@ -126,12 +126,12 @@ class Trainer:
         for number, batch in enumerate(micro_batches, start=1):
             with self._dropout(batch), self.parallel.micro_step(last=number == len(micro_batches)):
                 values = self.parallel.losses(batch)
-                self.scaler.scale(values["loss"] / len(micro_batches)).backward()
+                self._backward(values["loss"] / len(micro_batches))
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / len(micro_batches)
         numbers = dist.mean(totals)
         self.scaler.unscale_(self.optimizer)
-        norm = dist.number(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        norm = self._clip()
         trouble = self._trouble(numbers["loss"], norm)
         if trouble is None or self.scaler.is_enabled():  # which skips steps with such gradients by itself
             self.scaler.step(self.optimizer)
@@ -147,6 +147,19 @@ class Trainer:
 
     def _dropout(self, batch: Batch) -> AbstractContextManager[None]:
         return clip_seeds([clip_seed(self.config.seed, position, DROPOUT) for position in batch.positions])
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.in_backward is None:
+            self.scaler.scale(loss).backward()
+        elif torch.isfinite(loss):  # else nothing may move
+            with self.in_backward.armed():
+                loss.backward()
+
+    def _clip(self) -> float:
+        """Clip the gradients, where they are still there; returns their norm before that."""
+        if self.in_backward is not None:
+            return self.in_backward.norm
+        return dist.number(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
 
     def _trouble(self, loss: float, norm: float) -> str | None:
         """What is not finite, if anything is. Gradients may overflow as long as the scaler can be lowered."""
@@ -224,6 +237,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.num_updates,
             "faults": asdict(self.faults),
+            "in_backward": None if self.in_backward is None else self.in_backward.state_dict(),
         }
         info = {"step": self.step, "task": self.settings.task, **self.validated}
         self.writer.start(path, to_yaml(self.config), weights, trainer_state, info)
@@ -281,6 +295,8 @@ class Trainer:
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
         self.scaler.load_state_dict(state["scaler"])
+        if self.in_backward is not None:
+            self.in_backward.load_state_dict(state.get("in_backward") or {"last_norm": None})
         averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
         self.ema.load(averages, num_updates=state["ema_updates"])
         return dict(state)
@@ -289,9 +305,10 @@ class Trainer:
         """Write the finished model, with the averaged weights, to `final`."""
         self.settle(wait=True)
         final = self.run_dir / "final"
-        with self.ema.applied():
-            parts = self.task.whole() if dist.is_main() else self.task.modules
-            weights = {part: dist.whole(module.state_dict()) for part, module in parts.items()}
-            if dist.is_main():
-                save_parts(final, self.config, weights, info={"step": self.step, "task": self.settings.task})
+        parts = self.task.whole() if dist.is_main() else self.task.modules
+        weights = {part: module.state_dict() for part, module in parts.items()}
+        weights |= {part: self.ema.state_dict(part) for part in self.trained}
+        weights = {part: dist.whole(state) for part, state in weights.items()}
+        if dist.is_main():
+            save_parts(final, self.config, weights, info={"step": self.step, "task": self.settings.task})
         return final
