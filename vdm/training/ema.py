@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Exponential moving average, in float32, of the parameters of some modules; buffers follow the modules.
+    """Exponential moving average, in float32, of what learns of some modules; all else follows the modules.
 
     The decay warms up as (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten.
     """
@@ -20,7 +20,8 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self.shadow = {
-            part: {n: p.detach().float().clone() for n, p in m.named_parameters()} for part, m in modules.items()
+            part: {n: p.detach().float().clone() for n, p in m.named_parameters() if p.requires_grad}
+            for part, m in modules.items()
         }
 
     @torch.no_grad()
@@ -30,7 +31,7 @@ class EMA:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for part, module in self.modules.items():
             averages = list(self.shadow[part].values())
-            values = [p.detach().float() for p in module.parameters()]
+            values = [p.detach().float() for p in _learning(module)]
             torch._foreach_lerp_(averages, values, 1.0 - decay)
 
     def state_dict(self, part: str) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the modules carry the averages, and are in evaluation mode."""
-        own = {part: [p.detach().clone() for p in m.parameters()] for part, m in self.modules.items()}
+        own = {part: [p.detach().clone() for p in _learning(m)] for part, m in self.modules.items()}
         modes = {part: m.training for part, m in self.modules.items()}
         try:
             for part, module in self.modules.items():
@@ -60,7 +61,11 @@ class EMA:
                 module.train(modes[part])
 
 
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 @torch.no_grad()
 def _copy(module: nn.Module, values: list[Tensor]) -> None:
-    for parameter, value in zip(module.parameters(), values, strict=True):
+    for parameter, value in zip(_learning(module), values, strict=True):
         parameter.copy_(value)

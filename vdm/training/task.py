@@ -30,6 +30,7 @@ from vdm.models.vae import LatentDistribution
 from vdm.models.video_tower import ContrastiveHead
 from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
+from vdm.training.groups import choose_what_learns
 
 Split = Literal["train", "validation"]
 NOISE, POSTERIOR = range(2)  # what a clip's random stream is for; the last word of its seed
@@ -50,8 +51,7 @@ class Task(ABC):
         self.modules = self.build()
         for module in self.modules.values():
             module.to(device).eval().requires_grad_(False)
-        for module in self.trained().values():
-            module.requires_grad_(True)
+        choose_what_learns(self.trained(), config.training)
 
     @abstractmethod
     def build(self) -> dict[str, nn.Module]:
@@ -151,7 +151,7 @@ class UNetTask(LatentTask):
         return Components(self.part("unet"), self.part("vae"), self.part("text"), self.schedule)
 
     def trained(self) -> dict[str, nn.Module]:
-        names = ("unet", "text") if self.config.text.text_trainable else ("unet",)
+        names = ("unet",) if reads_text(self.config) else ("unet", "text")
         return {name: self.modules[name] for name in names}
 
     def _contexts(self, captions: Sequence[str]) -> Tensor:
@@ -289,7 +289,7 @@ def warn_of_random_parts(config: Config) -> None:
     frozen: dict[str, str | None] = {}
     if config.training.task != "vae":
         frozen["vae.vae_weights"] = config.vae.vae_weights
-    if config.training.task == "unet" and not config.text.text_trainable:
+    if reads_text(config):
         frozen["text.text_weights"] = config.text.text_weights
     for key, weights in frozen.items():
         if weights is None:

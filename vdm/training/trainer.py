@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +20,8 @@ from vdm.data.quarantine import BadClips
 from vdm.errors import UserError
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
+from vdm.training.groups import names_in_order, reordered
+from vdm.training.limits import Clock, Limits
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.settings import AUTOCAST
@@ -36,12 +38,15 @@ class Trainer:
         self.settings = config.training
         self.step = 0
         self.trained = task.trained()
-        self.parameters = [p for module in self.trained.values() for p in module.parameters()]
-        self.optimizer = build_optimizer(self.trained.values(), self.settings)
+        self.parameters = [p for module in self.trained.values() for p in module.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, self.settings)
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = EMA(self.trained, decay=self.settings.ema_decay)
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
         record = run_dir / "bad_clips.jsonl"
+        clips_per_step = self.clips.batch_size
+        self.limits = Limits.of(self.settings, num_clips=len(self.clips), clips_per_step=clips_per_step)
+        self.clock = Clock()
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
         self.validated: dict[str, float] = {}  # the losses of the last validation
@@ -75,9 +80,7 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the mean of each loss, the learning rate, the gradient's norm, and how many steps
         were skipped so far: one whose loss or gradient is not finite changes no weight."""
-        rate = learning_rate(self.step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rates = self._set_rates()
         self._seed_dropout()
         totals: dict[str, Tensor] = {}
         for batch in micro_batches:
@@ -99,7 +102,22 @@ class Trainer:
             self._skip(micro_batches, trouble)
         self.step += 1
         numbers = {name: float(value) for name, value in totals.items()}
-        return {**numbers, "lr": rate, "grad_norm": float(norm), "skipped_steps": float(self.faults.skipped)}
+        return {**numbers, **rates, "grad_norm": float(norm), "skipped_steps": float(self.faults.skipped)}
+
+    def ended(self) -> bool:
+        """Whether a limit is reached, by steps or by the clock."""
+        return self.limits.reached(self.step, seconds=self.clock.seconds())
+
+    def _set_rates(self) -> dict[str, float]:
+        """Give every group of parameters the learning rate of this step; returns what to log of them."""
+        settings = self.settings
+        done = self.limits.done(self.step, warmup=settings.warmup_steps, seconds=self.clock.seconds())
+        rates = {"lr": learning_rate(self.step, settings, done=done)}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates["lr"] * (group["rate"] / settings.learning_rate)
+            if group["rate"] != settings.learning_rate:
+                rates[f"lr_{group['name']}"] = group["lr"]
+        return rates
 
     def _seed_dropout(self) -> None:
         state = np.random.SeedSequence([self.config.seed, self.step, DROPOUT]).generate_state(1, np.uint64)
@@ -170,11 +188,17 @@ class Trainer:
             weights=weights,
             trainer_state={
                 "optimizer": self.optimizer.state_dict(),
+                "learns": names_in_order(self.optimizer, self.trained),
                 "scaler": self.scaler.state_dict(),
                 "ema_updates": self.ema.num_updates,
                 "faults": asdict(self.faults),
             },
-            info={"step": self.step, "task": self.settings.task, **self.validated},
+            info={
+                "step": self.step,
+                "task": self.settings.task,
+                "seconds": round(self.clock.seconds(), 3),
+                **self.validated,
+            },
         )
         self.faults.went_back &= self.faults.in_a_row > 0
         self.task.came_from(path)
@@ -200,6 +224,7 @@ class Trainer:
         self.faults = Faults(**state.get("faults", {}))
         self.validated = {name: value for name, value in info.items() if name.startswith("val_")}
         self.step = int(info["step"])
+        self.clock.before = float(info.get("seconds", 0.0))
 
     def _load_state(self, path: Path) -> dict[str, Any]:
         """Take weights, optimizer, scaler and averages from a checkpoint; returns its trainer state."""
@@ -211,13 +236,24 @@ class Trainer:
             except RuntimeError as error:
                 reason = str(error).splitlines()[1].strip()
                 raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
-        # The moments are the checkpoint's; weight decay and the like are what this run's config says.
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
+        self._load_optimizer(state, path)
         self.scaler.load_state_dict(state["scaler"])
         averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
         self.ema.load(averages, num_updates=state["ema_updates"])
         return dict(state)
+
+    def _load_optimizer(self, state: Mapping[str, Any], path: Path) -> None:
+        """The moments are the checkpoint's; rates, weight decay and the like are what this run's config says."""
+        ours = names_in_order(self.optimizer, self.trained)
+        theirs = state.get("learns", ours)
+        if differ := sorted({*ours} ^ {*theirs}):
+            raise UserError(
+                f"{path} is of a run in which other layers are frozen ({differ[0]} is one of {len(differ)}); set "
+                "training.spatial_learning_rate and temporal_learning_rate to 0 where they were, or begin a run from "
+                "its weights with training.init_from"
+            )
+        moments = reordered(state["optimizer"]["state"], theirs=theirs, ours=ours)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def finish(self) -> Path:
         """Write the finished model, with the averaged weights, to `final`."""
