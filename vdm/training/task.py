@@ -24,7 +24,7 @@ from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
 from vdm.data.sheet import contact_sheet
 from vdm.data.video import to_float, to_uint8, write_video
-from vdm.diffusion import NoiseSchedule, ddpm_loss
+from vdm.diffusion import NoiseSchedule, ddpm_loss, related_noise
 from vdm.errors import UserError
 from vdm.models.vae import LatentDistribution
 from vdm.models.video_tower import ContrastiveHead
@@ -165,13 +165,15 @@ class UNetTask(LatentTask):
         x0 = self._latents(batch)
         seed = self.config.seed + (0 if training else 1)
         num_steps = self.schedule.config.num_train_timesteps
+        recipe = self.config.training
+        relations = {"correlation": recipe.frame_noise_correlation, "offset": recipe.offset_noise}
         noise, times, captions = [], [], []
         for position, caption in zip(batch.positions, batch.captions, strict=True):
             draw = clip_generator(seed, position, NOISE)
             times.append(int(torch.randint(num_steps, (), generator=draw)))
-            dropped = float(torch.rand((), generator=draw)) < self.config.training.caption_dropout
+            dropped = float(torch.rand((), generator=draw)) < recipe.caption_dropout
             captions.append("" if training and dropped else caption)
-            noise.append(torch.randn(x0.shape[1:], generator=draw))
+            noise.append(related_noise(torch.randn(x0.shape[1:], generator=draw), draw, **relations))
         context = self._contexts(captions)
         loss = ddpm_loss(
             lambda x, t: self.modules["unet"](x, t, context),
