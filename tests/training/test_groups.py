@@ -15,12 +15,12 @@ from vdm.models import UNet3D, UNetConfig, VAEConfig, VideoVAE
 from vdm.training.groups import choose_what_learns, is_temporal, optimizer_groups
 from vdm.training.loop import train
 from vdm.training.settings import TrainingConfig
-from vdm.training.task import UNetTask, build_task, warn_of_random_parts
+from vdm.training.task import build_task, warn_of_random_parts
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"
 SHAPE = load(TINY).model
-RATES = ("spatial_learning_rate", "temporal_learning_rate", "text_learning_rate")
+SLOWLY = pytest.mark.slow
 
 
 def tiny(run_dir: Path, *overrides: str) -> Config:
@@ -80,7 +80,7 @@ def test_temporal_layers_alone_see_other_frames() -> None:
 # ---- rates
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=SLOWLY)])
 def test_every_group_steps_at_its_rate(tmp_path: Path, optimizer: str) -> None:
     plain = trainer_of(tmp_path, f"training.optimizer={optimizer}")
     trainer = trainer_of(
@@ -124,7 +124,7 @@ def test_groups_part_the_parameters_that_learn() -> None:
 # ---- frozen layers
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=SLOWLY)])
 def test_frozen_layers_neither_change_nor_cost_memory(tmp_path: Path, optimizer: str) -> None:
     trainer = trainer_of(tmp_path, f"training.optimizer={optimizer}", "spatial_learning_rate=0")
     before = values(trainer)
@@ -182,6 +182,7 @@ def test_rates_that_make_no_sense_are_refused(tmp_path: Path, overrides: tuple[s
 # ---- resume
 
 
+@SLOWLY
 def test_a_run_with_frozen_layers_resumes_bit_for_bit_and_no_other_way(tmp_path: Path) -> None:
     overrides = ("spatial_learning_rate=0", "temporal_learning_rate=2e-3", "max_train_steps=4", "checkpointing_steps=2")
     train(tiny(tmp_path / "whole", *overrides))
@@ -197,7 +198,7 @@ def test_a_run_with_frozen_layers_resumes_bit_for_bit_and_no_other_way(tmp_path:
             train(tiny(tmp_path / "other", *other), resume=str(tmp_path / "whole" / "checkpoint-4"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=SLOWLY), "muon"])
 def test_rates_may_change_between_halves_and_moments_stay_with_their_parameters(tmp_path: Path, optimizer: str) -> None:
     """Other rates make other groups in another order."""
     plain = trainer_of(tmp_path, f"training.optimizer={optimizer}")
@@ -214,10 +215,3 @@ def test_rates_may_change_between_halves_and_moments_stay_with_their_parameters(
         for key, moment in state.items():
             assert torch.equal(moment, theirs[names[id(p)]][key]), (names[id(p)], key)
     assert {group["rate"] for group in other.optimizer.param_groups} == {5e-3, 1e-3}
-
-
-def test_the_unets_task_with_nothing_said_trains_all(tmp_path: Path) -> None:
-    task = build_task(tiny(tmp_path), torch.device("cpu"))
-    assert isinstance(task, UNetTask)
-    assert all(p.requires_grad for module in task.trained().values() for p in module.parameters())
-    assert all(getattr(load(TINY).training, name) is None for name in RATES)

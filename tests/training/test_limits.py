@@ -189,6 +189,7 @@ def logged(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_epochs_end_a_run_as_so_many_steps_would(tmp_path: Path) -> None:
     """16 clips, two a step: half an epoch is four steps."""
     train(tiny(tmp_path / "epochs", "training.max_train_epochs=0.5"))
@@ -199,6 +200,7 @@ def test_epochs_end_a_run_as_so_many_steps_would(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "epochs" / "final").info["step"] == 4
 
 
+@pytest.mark.slow
 def test_hours_end_a_run_over_all_its_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock takes a second."""
     now = [0.0]

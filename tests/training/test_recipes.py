@@ -157,6 +157,7 @@ def test_a_share_of_images_leaves_the_other_steps_data_alone() -> None:
 # ---- warm start
 
 
+@pytest.mark.slow
 def test_a_warm_start_with_frozen_spatial_layers_keeps_the_image_model(tmp_path: Path) -> None:
     """The spatial layers of the donor, to the bit, with temporal layers that learned beside them."""
     base = ("training.validation_steps=0", "training.preview_steps=0", "training.batch_size=2")
