@@ -137,10 +137,10 @@ def test_the_first_limit_ends_the_run() -> None:
 
 
 @given(
-    st.integers(0, 20),
+    st.integers(0, 10),
     st.integers(1, 60),
-    st.floats(0.5, 100.0),
-    st.lists(st.floats(0.0, 3.0), min_size=1, max_size=80),
+    st.floats(0.5, 30.0),
+    st.lists(st.floats(0.0, 3.0), min_size=30, max_size=50),
 )
 def test_progress_never_goes_back_and_starts_and_ends_with_the_run(
     warm: int, steps: int, most: float, pace: list[float]
