@@ -17,6 +17,7 @@ from vdm.interop import StoredModel, open_model
 from vdm.models import UNet3D, VideoVAE
 from vdm.text.encoder import TextEncoder, pack_vocabulary
 from vdm.text.pretrained import load_open_clip
+from vdm.training.groups import is_temporal
 from vdm.weights import Weights, fill
 
 SHIPPED = Path(__file__).parent / "assets" / "demo"
@@ -119,6 +120,8 @@ def fill_part(module: nn.Module, stored: StoredModel, part: str) -> None:
     held = stored.open(part)
     fresh = held.report.fresh if held.report is not None else ()
     added = [name for name in module.state_dict() if name.startswith("decoder.time.")]  # they start at zero
+    if part == "unet" and stored.config.model.model_type == "spatial":  # an image model of ours
+        added += filter(is_temporal, module.state_dict())
     fill(module, held.weights, source=f"the {part} weights in {stored.path}", keep=(*fresh, *added))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdm.components import SHIPPED, Components, build_components, fill_part, save_parts, states, without_sources
 from vdm.config import Config
-from vdm.diffusion import SamplingConfig, ddim_sample, ddpm_sample, guided, initial_noise
+from vdm.diffusion import SamplingConfig, ddim_sample, ddpm_sample, guided, initial_noise, related_frames
 from vdm.errors import UserError
 from vdm.interop import open_model
 from vdm.interop.lora import merge_lora
@@ -185,8 +185,15 @@ class TextToVideo:
                 raise UserError(f"latents must be {shape}, got {tuple(latents.shape)}")
             return latents.to(self.device)
         if generator is None or isinstance(generator, torch.Generator):
-            return initial_noise(shape, _one_each(generator, 1), self.device)[0]
-        return initial_noise(shape[1:], _one_each(generator, shape[0]), self.device)
+            noise = initial_noise(shape, _one_each(generator, 1), self.device)[0]
+        else:
+            noise = initial_noise(shape[1:], _one_each(generator, shape[0]), self.device)
+        return related_frames(noise, _one_each(generator, shape[0]), self._correlation)
+
+    @property
+    def _correlation(self) -> float:
+        """Between the frames of the noise that the model was trained with, and is to start from."""
+        return self.config.training.frame_noise_correlation
 
     def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Any]]:
         if output_type == "latent":
@@ -225,6 +232,7 @@ class TextToVideo:
         denoise = guided(self.unet, cond, uncond, scale=scale, rescale=rescale)
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "generators": generators, "callback": callback}
+        shared["correlation"] = self._correlation
         if options.sampler == "ddpm":
             return ddpm_sample(denoise, latents, self.schedule, **shared)
         return ddim_sample(denoise, latents, self.schedule, eta=options.eta, **shared)

@@ -192,6 +192,24 @@ def test_without_augmentation_a_cache_gives_what_the_files_give(tmp_path: Path, 
     assert split == "validation" or len(lengths) > 4
 
 
+@pytest.mark.parametrize("short", ["hold", "drop"])
+def test_images_are_those_of_the_files(tmp_path: Path, short: str) -> None:
+    """In memory and on disk, frame for frame and caption for caption; a global batch is of images or of clips."""
+    config = files(tmp_path, short_clips=short, image_batch_share=0.5)
+    plain, on_disk = clips(config), cached(config, tmp_path / "cache")
+    in_memory = KeptLatents(config, split="train", seed=0, batch_size=2, encode=lambda clip: clip[:, :, ::2, ::2])
+    lengths = []
+    for position in range(16):
+        theirs = plain[position]
+        small = theirs["video"][:, :, ::2, ::2]
+        for ours in (on_disk[position], in_memory[position]):
+            assert {**ours, "video": None} == {**theirs, "video": None}
+        assert torch.equal(on_disk[position]["video"], small)
+        assert torch.equal(in_memory[position]["video"], to_float(small).half())
+        lengths.append(small.shape[1])
+    assert lengths[::2] == lengths[1::2] and 1 in lengths and len(set(lengths)) > 1
+
+
 def test_each_look_is_a_draw_of_its_own_and_all_come_up(tmp_path: Path) -> None:
     config = files(tmp_path, crop="random", cache_crops=3, horizontal_flip=0.5, color_jitter=0.3, min_frames=8)
     kept = cached(config, tmp_path / "cache")

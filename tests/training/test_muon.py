@@ -58,7 +58,7 @@ def test_a_gradient_of_zeros_moves_nothing() -> None:
 
 def test_weights_of_layers_are_matrices_and_nothing_else_is() -> None:
     model = net()
-    matrices, others = build_optimizer([model], CONFIG).param_groups
+    matrices, others = build_optimizer({"unet": model}, CONFIG).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in matrices["params"]} == {"linear.weight", "twin.weight", "conv.weight"}
     assert {names[id(p)] for p in others["params"]} == set(names.values()) - {names[id(p)] for p in matrices["params"]}
@@ -67,7 +67,7 @@ def test_weights_of_layers_are_matrices_and_nothing_else_is() -> None:
 def test_what_is_frozen_is_left_out() -> None:
     model = net().requires_grad_(False)
     model.norm.requires_grad_(True)
-    (group,) = build_optimizer([model], CONFIG).param_groups
+    (group,) = build_optimizer({"unet": model}, CONFIG).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model.norm.parameters()]
 
 
@@ -76,7 +76,7 @@ def test_one_step_of_a_matrix_by_hand() -> None:
     model = net()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.gradients(1)
-    build_optimizer([model], CONFIG).step()
+    build_optimizer({"unet": model}, CONFIG).step()
     for name in ("linear.weight", "twin.weight", "conv.weight"):
         p = model.get_parameter(name)
         assert p.grad is not None
@@ -88,7 +88,7 @@ def test_one_step_of_a_matrix_by_hand() -> None:
 
 def test_the_rest_is_adamw() -> None:
     ours, theirs = net(), net()
-    muon = build_optimizer([ours], CONFIG)
+    muon = build_optimizer({"unet": ours}, CONFIG)
     rest = [p for name, p in theirs.named_parameters() if name not in ("linear.weight", "twin.weight", "conv.weight")]
     adamw = torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.99), eps=CONFIG.epsilon, weight_decay=0.1)
     for seed in range(3):
@@ -102,14 +102,14 @@ def test_the_rest_is_adamw() -> None:
 
 def test_a_restored_state_goes_on_bit_for_bit() -> None:
     whole, first = net(), net()
-    one, two = build_optimizer([whole], CONFIG), build_optimizer([first], CONFIG)
+    one, two = build_optimizer({"unet": whole}, CONFIG), build_optimizer({"unet": first}, CONFIG)
     for seed in range(2):
         for model, optimizer in ((whole, one), (first, two)):
             model.gradients(seed)
             optimizer.step()
     second = net(seed=5)
     second.load_state_dict(first.state_dict())
-    three = build_optimizer([second], CONFIG)
+    three = build_optimizer({"unet": second}, CONFIG)
     three.load_state_dict(two.state_dict())
     for model, optimizer in ((whole, one), (second, three)):
         model.gradients(7)
@@ -127,7 +127,7 @@ def test_a_weak_direction_is_learned_as_fast_as_a_strong_one() -> None:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
         config = TrainingConfig(optimizer=optimizer, learning_rate=0.01, weight_decay=0.0)  # type: ignore[arg-type]
-        step = build_optimizer([model], config)
+        step = build_optimizer({"unet": model}, config)
         for _ in range(300):
             step.zero_grad()
             (model(x) - x).square().sum().backward()
@@ -140,7 +140,7 @@ def test_a_weak_direction_is_learned_as_fast_as_a_strong_one() -> None:
 def test_both_learn(optimizer: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 1))
-    step = build_optimizer([model], TrainingConfig(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
+    step = build_optimizer({"unet": model}, TrainingConfig(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
     x = torch.randn(64, 8)
     y, losses = x[:, :1] * x[:, 1:2], []
     for _ in range(200):
@@ -155,7 +155,7 @@ def test_both_learn(optimizer: str) -> None:
 
 def test_the_class_needs_no_config() -> None:
     weight = nn.Parameter(torch.ones(2, 3))
-    optimizer = Muon([weight], [], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = Muon([{"params": [weight], "matrices": True}], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     weight.grad = torch.ones(2, 3)
     optimizer.step()
     assert weight.max() < 1.0

@@ -58,7 +58,7 @@ def test_the_middle_of_the_reference_recipe() -> None:
 def test_the_optimizer_takes_the_config_at_its_word() -> None:
     frozen, free = nn.LayerNorm(2).requires_grad_(False), nn.LayerNorm(3, bias=False)
     config = TrainingConfig(learning_rate=0.3, adam_beta1=0.5, adam_beta2=0.25, epsilon=1e-3, weight_decay=0.125)
-    optimizer = build_optimizer([frozen, free], config)
+    optimizer = build_optimizer({"frozen": frozen, "free": free}, config)
     (group,) = optimizer.param_groups
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [parameter is free.weight for parameter in group["params"]] == [True]
@@ -74,5 +74,5 @@ def test_one_step_is_adamw_as_published() -> None:
     gradient = torch.tensor([0.5, -0.25], dtype=torch.float64)
     expected = weight.detach() * (1 - 0.1 * 0.5) - 0.1 * gradient / (gradient.abs() + 1e-2)
     weight.grad = gradient.clone()
-    build_optimizer([module], config).step()
+    build_optimizer({"unet": module}, config).step()
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0.0)

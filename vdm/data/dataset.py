@@ -25,7 +25,8 @@ from vdm.data.transforms import Frames, flip, jitter
 from vdm.data.video import ShortClip, UnreadableClip, to_video
 from vdm.errors import UserError
 
-ORDER, LENGTH, PLACE, MIRROR, WORDING, LIGHT = range(6)  # what a random stream is for; the last word of its seed
+# What a random stream is for; the last word of its seed.
+ORDER, LENGTH, PLACE, MIRROR, WORDING, LIGHT, IMAGES, FRAME = range(8)
 VALIDATION_OFFSET = 1_000_000_000  # first index of mini-something's validation clips, beyond any training set
 MAX_TRIES = 100  # neighbours tried in place of an unreadable clip
 
@@ -45,7 +46,8 @@ class ClipDataset(Dataset[Sample]):
     """The stream of one split, indexed by position.
 
     Training: epoch `position // N` visits all N clips once in its own random order, each cut at random; all clips of a
-    global batch (`position // batch_size`) have one length. Validation: clip `position`, the longest length, cut from
+    global batch (`position // batch_size`) have one length, or are images, each one frame of a clip of the longest
+    length. Validation: clip `position`, the longest length, cut from
     the middle. Files that are known to be unusable are left out and listed in `missing`. Raises UserError where a data
     set cannot be used.
     """
@@ -211,9 +213,14 @@ class ClipDataset(Dataset[Sample]):
     def _cut_at(self, position: int) -> Cut:
         if self.split == "validation":
             return Cut(self.config.max_frames)
-        lengths = np.random.default_rng([self.seed, position // self.batch_size, LENGTH])
-        num_frames = int(lengths.integers(self.config.min_frames, self.config.max_frames + 1))
-        if self.config.crop == "centre":
-            return Cut(num_frames)
+        config, batch = self.config, position // self.batch_size
+        num_frames, only = config.max_frames, None
+        if np.random.default_rng([self.seed, batch, IMAGES]).random() < config.image_batch_share:
+            only = int(np.random.default_rng([self.seed, position, FRAME]).integers(num_frames))
+        else:
+            lengths = np.random.default_rng([self.seed, batch, LENGTH])
+            num_frames = int(lengths.integers(config.min_frames, config.max_frames + 1))
+        if config.crop == "centre":
+            return Cut(num_frames, only=only)
         start, x, y = np.random.default_rng([self.seed, position, PLACE]).random(3)
-        return Cut(num_frames, float(start), float(x), float(y))
+        return Cut(num_frames, float(start), float(x), float(y), only)

@@ -54,7 +54,8 @@ class LatentDataset(ClipDataset):
         config, entry = self.config, self.entry(index)
         if entry.problem:
             return [(entry.id, entry.problem)]
-        num_frames = self._cut_at(position).num_frames
+        cut = self._cut_at(position)
+        num_frames = cut.num_frames
         if config.short_clips == "drop" and entry.duration < (num_frames - 1) / config.fps:
             return []
         caption, mirrors = self._said(entry.words, position)
@@ -66,7 +67,8 @@ class LatentDataset(ClipDataset):
             longest=config.max_frames,
             start_fraction=kept_cut(config, self.split, index, crop).start,
         )
-        video = self.moments(index, crop, mirrors)[:, offset : offset + num_frames].clone()
+        first, count = (offset, num_frames) if cut.only is None else (offset + cut.only, 1)
+        video = self.moments(index, crop, mirrors)[:, first : first + count].clone()
         return Sample(video=video, caption=caption, id=entry.id, index=index, position=position, bad=[])
 
 

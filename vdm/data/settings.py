@@ -31,6 +31,7 @@ class DataConfig:
     fps: float = 8.0
     min_frames: int = 16
     max_frames: int = 16  # each global batch draws one length between the two
+    image_batch_share: float = 0.0  # share of global batches of images: one frame of each clip, drawn from max_frames
     crop: Literal["random", "centre"] = "random"  # of training clips, in time and in the picture
     horizontal_flip: float = 0.0  # share of training clips that are mirrored, left and right in their captions too
     color_jitter: float = 0.0  # brightness, contrast and saturation of a training clip change by up to this share
@@ -52,7 +53,7 @@ class DataConfig:
         for name in ("num_clips", "max_clips_per_template"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise UserError(f"data.{name} must be at least 1 or null, got {count}")
-        for name in ("horizontal_flip", "color_jitter", "natural_captions", "template_captions"):
+        for name in ("horizontal_flip", "color_jitter", "natural_captions", "template_captions", "image_batch_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.natural_captions + self.template_captions > 1:

@@ -15,12 +15,16 @@ from vdm.data.video import ShortPolicy, Window, read_window
 
 @dataclass(frozen=True)
 class Cut:
-    """Which part of a clip is taken: its length, and where in time and in the picture (fractions in [0,1])."""
+    """Which part of a clip is taken: its length, and where in time and in the picture (fractions in [0,1]).
+
+    `only` is the number of the one of these frames that is wanted, as an image; None is all.
+    """
 
     num_frames: int
     start: float = 0.5
     x: float = 0.5
     y: float = 0.5
+    only: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class FileSource:
         return Words(clip.caption, clip.template, clip.placeholders)
 
     def load(self, index: int, cut: Cut) -> Loaded:
-        window = Window(self.fps, cut.num_frames, cut.start, self.short, self.longest)
+        window = Window(self.fps, cut.num_frames, cut.start, self.short, self.longest, cut.only)
         frames, times = read_window(self.clips[index].path, window, Crop(self.height, self.width, cut.x, cut.y))
         return Loaded(frames, self.words(index), float(times[-1] - times[0]), duration(times))
 
@@ -129,7 +133,8 @@ class RenderedSource:
 
     def load(self, index: int, cut: Cut) -> Loaded:
         clip = self._render(index, height=self.height, width=self.width, num_frames=cut.num_frames)
-        return Loaded(clip.frames, _words(clip), (cut.num_frames - 1) / self.fps, cut.num_frames / self.fps)
+        frames = clip.frames if cut.only is None else clip.frames[cut.only : cut.only + 1]
+        return Loaded(frames, _words(clip), (cut.num_frames - 1) / self.fps, cut.num_frames / self.fps)
 
     def _render(self, index: int, *, height: int, width: int, num_frames: int) -> Rendered:
         index += self.first

@@ -84,21 +84,22 @@ def read_clip(
 
 @dataclass(frozen=True)
 class Window:
-    """Which moments of a file are wanted; the arguments of `read_clip`."""
+    """Which moments of a file are wanted; the arguments of `read_clip`, and which one of them `only`, if not all."""
 
     fps: float
     num_frames: int
     start: float = 0.5
     short: ShortPolicy = "hold"
     longest: int | None = None
+    only: int | None = None
 
     def indices(self, path: File, times: Times) -> Indices:
-        """Of the frames (num_frames,) of a file whose frames are shown at `times`. Raises ShortClip."""
+        """Of the frames (num_frames,), or (1,), of a file whose frames are shown at `times`. Raises ShortClip."""
         seconds = (self.num_frames - 1) / self.fps
         if self.short == "drop" and duration(times) < seconds:
             asked = f"{self.num_frames} frames at {self.fps:g} fps"
             raise ShortClip(f"{path} lasts {duration(times):.2f} seconds, and {asked} more")
-        return frame_indices(
+        indices = frame_indices(
             times,
             fps=self.fps,
             num_frames=self.num_frames,
@@ -106,6 +107,7 @@ class Window:
             loop=self.short == "loop",
             longest=self.longest,
         )
+        return indices if self.only is None else indices[self.only : self.only + 1]
 
 
 def read_window(path: File, window: Window, crop: Crop | None) -> tuple[Frames, Times]:

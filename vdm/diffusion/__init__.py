@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vdm.diffusion.guidance import guided, rescale_guidance
 from vdm.diffusion.loss import ddpm_loss, weighted_mse
-from vdm.diffusion.samplers import SamplingConfig, ddim_sample, ddpm_sample, initial_noise
+from vdm.diffusion.noise import related_noise
+from vdm.diffusion.samplers import SamplingConfig, ddim_sample, ddpm_sample, initial_noise, related_frames
 from vdm.diffusion.schedule import DiffusionConfig, NoiseSchedule
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "ddpm_sample",
     "guided",
     "initial_noise",
+    "related_frames",
+    "related_noise",
     "rescale_guidance",
     "weighted_mse",
 ]

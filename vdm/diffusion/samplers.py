@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vdm.diffusion.noise import related_noise
 from vdm.diffusion.schedule import NoiseSchedule
 from vdm.errors import UserError
 
@@ -73,12 +74,13 @@ def ddim_sample(
     eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
     callback: Callback | None = None,
+    correlation: float = 0.0,
 ) -> Tensor:
     """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by DDIM (Song et al. 2021, eq. 12 and 16).
 
     eta goes from 0, deterministic, to 1, where each step has the distribution of `ddpm_sample`'s; above 0 it needs one
-    generator a clip. Which timesteps there are and where each step leads, the schedule's config says. x in float64 is
-    denoised in float64.
+    generator a clip, and `correlation` is that of its noise between frames, see `related_noise`. Which timesteps there
+    are and where each step leads, the schedule's config says. x in float64 is denoised in float64.
     Raises UserError for an eta outside [0, 1], too many steps, or generators that are missing or do not match x.
     """
     _check_eta(eta)
@@ -89,7 +91,7 @@ def ddim_sample(
         x0, eps = _predict(denoise, x, schedule, t, now)
         variance = eta**2 * _posterior_variance(now, then)
         x = math.sqrt(then) * x0 + math.sqrt(1.0 - then - variance) * eps
-        x = _add_step_noise(x, variance, generators)
+        x = _add_step_noise(x, variance, generators, correlation)
         if callback is not None:
             callback(index, t, x)
     return x
@@ -104,11 +106,13 @@ def ddpm_sample(
     num_steps: int,
     generators: Sequence[torch.Generator] | None,
     callback: Callback | None = None,
+    correlation: float = 0.0,
 ) -> Tensor:
     """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by ancestral sampling (Ho et al. 2020, eq. 6-7).
 
     The posterior q(x_s | x_t, x0) with its own ("fixed small") variance, over any subset of the steps, one generator a
-    clip. It always ends on a clean clip, as diffusers' DDPMScheduler does: set_alpha_to_one is of DDIM alone.
+    clip; `correlation` is as in `ddim_sample`. It always ends on a clean clip, as diffusers' DDPMScheduler does:
+    set_alpha_to_one is of DDIM alone.
     Raises UserError for too many steps, or generators that are missing or do not match x.
     """
     generators = _one_each(generators, x)
@@ -117,7 +121,7 @@ def ddpm_sample(
         x0, _ = _predict(denoise, x, schedule, t, now)
         alpha = _of_this_step(now, then)  # 0 when x is pure noise, and then x0 is all that counts
         x = math.sqrt(then) * (1.0 - alpha) / (1.0 - now) * x0 + math.sqrt(alpha) * (1.0 - then) / (1.0 - now) * x
-        x = _add_step_noise(x, _posterior_variance(now, then), generators)
+        x = _add_step_noise(x, _posterior_variance(now, then), generators, correlation)
         if callback is not None:
             callback(index, t, x)
     return x
@@ -158,10 +162,21 @@ def _of_this_step(now: float, then: float) -> float:
     return 1.0 if now == then else now / then
 
 
-def _add_step_noise(x: Tensor, variance: float, generators: Sequence[torch.Generator] | None) -> Tensor:
+def _add_step_noise(
+    x: Tensor, variance: float, generators: Sequence[torch.Generator] | None, correlation: float
+) -> Tensor:
     if generators is None:
         return x
-    return x + math.sqrt(variance) * _step_noise(x.shape[1:], generators, x.device)
+    noise = _step_noise(x.shape[1:], generators, x.device)
+    if correlation:
+        noise = related_frames(noise, generators, correlation)
+    return x + math.sqrt(variance) * noise
+
+
+def related_frames(noise: Tensor, generators: Sequence[torch.Generator], correlation: float) -> Tensor:
+    """`related_noise` of every clip of (B, C, T, h, w) by its generator."""
+    clips = zip(noise, generators, strict=True)
+    return torch.stack([related_noise(clip, one, correlation=correlation) for clip, one in clips])
 
 
 def _step_noise(shape: torch.Size, generators: Sequence[torch.Generator], device: torch.device) -> Tensor:

@@ -32,7 +32,8 @@ WORDS = ("horizontal_flip", "natural_captions", "template_captions")
 
 def reads_text(config: Config) -> bool:
     """Whether a run's text tower stays as it is, so that its contexts can be kept."""
-    return config.training.task == "unet" and not config.text.text_trainable
+    learns = config.text.text_trainable and config.training.text_learning_rate != 0
+    return config.training.task == "unet" and not learns
 
 
 def cache_key(config: Config, vae: VideoVAE, text: TextEncoder | None) -> dict[str, object]:

@@ -13,7 +13,7 @@ from vdm import dist
 
 
 class EMA:
-    """Exponential moving average, in float32, of the parameters of some modules; buffers follow the modules.
+    """Exponential moving average, in float32, of what learns of some modules; all else follows the modules.
 
     The decay warms up as (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten. With `offload`
     the averages are in the CPU's memory, and move there, from a copy of the weights, while the next step is computed.
@@ -24,7 +24,8 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self.shadow = {
-            part: {n: _averaged(p, offload=offload) for n, p in m.named_parameters()} for part, m in modules.items()
+            part: {n: _averaged(p, offload=offload) for n, p in m.named_parameters() if p.requires_grad}
+            for part, m in modules.items()
         }
         self._worker = ThreadPoolExecutor(max_workers=1) if offload else None
         self._pending: Future[None] | None = None
@@ -33,7 +34,8 @@ class EMA:
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for part, module in self.modules.items():
-            yield from zip(module.parameters(), self.shadow[part].values(), strict=True)
+            learning = [p for p in module.parameters() if p.requires_grad]
+            yield from zip(learning, self.shadow[part].values(), strict=True)
 
     @torch.no_grad()
     def update(self) -> None:

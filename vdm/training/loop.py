@@ -58,27 +58,28 @@ class Loop:
         self.trainer, self.settings, self.run_dir = trainer, trainer.settings, trainer.run_dir
 
     def run(self) -> Path:
-        """Train to `max_train_steps`, or as long as nobody wants it to stop.
+        """Train to the first of the limits, or as long as nobody wants it to stop.
 
         Returns the folder of the finished model, or of the checkpoint to go on from.
         """
-        most = self.settings.max_train_steps
+        most = self.trainer.limits.steps
         first = self.trainer.step
         log = RunLog(self.run_dir, first_step=first, num_steps=most) if dist.is_main() else NoLog()
         self.trainer.say = log.say
+        self.trainer.clock.start()
         stream = self.trainer.train_batches()
         for module in self.trainer.trained.values():
             module.train()
         try:
             with StopRequest() as stop:
-                self._steps(stream, log, stop, until=min(most, self.settings.stop_after_steps or most))
-            done = self.trainer.finish() if self.trainer.step == most else self._pause()
+                ended = self._steps(stream, log, stop, until=min(most, self.settings.stop_after_steps or most))
+            done = self.trainer.finish() if ended else self._pause()
         finally:
             stream.close()  # stops the data workers now, not when the garbage is collected
             log.close()
         if not dist.is_main():
             return done
-        if self.trainer.step == most:
+        if ended:
             print(f"finished: {done}")
         else:
             why = stop.name or f"training.stop_after_steps={self.settings.stop_after_steps}"
@@ -87,17 +88,19 @@ class Loop:
             )
         return done
 
-    def _steps(self, stream: Iterator[Batch], log: RunLog | NoLog, stop: StopRequest, *, until: int) -> None:
+    def _steps(self, stream: Iterator[Batch], log: RunLog | NoLog, stop: StopRequest, *, until: int) -> bool:
+        """Train, with all that is due between steps; returns whether the run is over."""
         settings = self.settings
         seconds, losses = 0.0, []
-        while self.trainer.step < until and not dist.any_of(stop.name is not None):
+        last = self.trainer.ended()
+        while not last and self.trainer.step < until and not dist.any_of(stop.name is not None):
             began = time.perf_counter()
             self.trainer.settle(wait=False)
             values = self.trainer.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
             seconds += time.perf_counter() - began
             losses.append(values["loss"])
             log.advance(values["loss"])
-            last = self.trainer.step == settings.max_train_steps
+            last = self.trainer.ended()
             held_out = self._look(last)
             if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
                 clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps * dist.size()
@@ -106,6 +109,7 @@ class Loop:
                 seconds, losses = 0.0, []
             if self.trainer.step % settings.checkpointing_steps == 0 or last:
                 self.trainer.save()
+        return last
 
     def _pause(self) -> Path:
         """The checkpoint of this step."""

@@ -34,22 +34,20 @@ class Muon(torch.optim.Optimizer):
     """Muon for the weights of linear layers and convolutions, AdamW for all else: embeddings, biases, norms.
 
     A convolution counts as the matrix (out, in * kernel). `betas[0]` is the momentum (Nesterov's) of both kinds;
-    `betas[1]` and `eps` are AdamW's alone. Weight decay is decoupled in both.
+    `betas[1]` and `eps` are AdamW's alone. Weight decay is decoupled in both. Each of the `groups` says by a boolean
+    `matrices` which kind its parameters are.
     """
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        groups: Iterable[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
     ):
-        groups = [{"params": list(matrices), "matrices": True}, {"params": list(others), "matrices": False}]
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

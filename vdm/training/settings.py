@@ -29,15 +29,15 @@ class TrainingConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     spatial_learning_rate: float | None = None  # of the UNet's spatial layers; null is learning_rate, 0 freezes them
-    temporal_learning_rate: float | None = None  # of its temporal layers
+    temporal_learning_rate: float | None = None  # of its temporal layers; in task "vae" both are of the autoencoder's
     text_learning_rate: float | None = None  # of a text tower that is trained
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    min_learning_rate: float = 0.0  # where a decay ends
-    decay_share: float = 0.2  # lr_scheduler "wsd" (warm-up, stable, decay): the last part of the run, in which it falls
+    min_learning_rate: float = 0.0  # where a decay of learning_rate ends; those of other layers keep their proportion
+    decay_share: float = 0.2  # lr_scheduler "wsd" (warm-up, stable, decay): the last part after it, in which it falls
     warmup_steps: int = 0
     max_train_steps: int = 1000
     max_train_epochs: float | None = None  # whichever limit comes first ends the run, and the decay fits it
-    max_train_hours: float | None = None  # of training, over all restarts
+    max_train_hours: float | None = None  # of training, validation and previews included, over all restarts
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -46,7 +46,7 @@ class TrainingConfig:
     ema_decay: float = 0.9999  # 0 makes the averaged weights the weights themselves
     caption_dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
 
-    offset_noise: float = 0.0  # strength of noise that is one number for each channel of a clip
+    offset_noise: float = 0.0  # task "unet": strength of noise that is one number for each channel of a clip
     frame_noise_correlation: float = 0.0  # share of the noise's variance that all frames of a clip have in common
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -105,6 +105,11 @@ class TrainingConfig:
             self._require(name, at_least=0, below=1)
         for name in ("caption_dropout", "decay_share"):
             self._require(name, at_least=0, at_most=1)
+        if self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"training.min_learning_rate={self.min_learning_rate} is above training.learning_rate="
+                f"{self.learning_rate}, from which it decays; lower it"
+            )
         if isinstance(self.gradient_checkpointing, bool):  # the reference's spelling
             object.__setattr__(self, "gradient_checkpointing", "block" if self.gradient_checkpointing else "none")
         self._check_effective_batch_size()

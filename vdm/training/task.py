@@ -25,12 +25,13 @@ from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
 from vdm.data.sheet import contact_sheet
 from vdm.data.video import to_float, to_uint8, write_video
-from vdm.diffusion import NoiseSchedule, ddpm_loss
+from vdm.diffusion import NoiseSchedule, ddpm_loss, related_noise
 from vdm.errors import UserError
 from vdm.models.vae import LatentDistribution
 from vdm.models.video_tower import ContrastiveHead
 from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
+from vdm.training.groups import choose_what_learns
 
 Split = Literal["train", "validation"]
 NOISE, POSTERIOR, DROPOUT = range(3)  # what a clip's random stream is for; the last word of its seed
@@ -56,8 +57,7 @@ class Task(ABC):
         self.modules = self.build()
         for module in self.modules.values():
             module.to(device).eval().requires_grad_(False)
-        for module in self.trained().values():
-            module.requires_grad_(True)
+        choose_what_learns(self.trained(), config.training)
 
     @abstractmethod
     def build(self) -> dict[str, nn.Module]:
@@ -157,7 +157,7 @@ class UNetTask(LatentTask):
         return Components(self.part("unet"), self.part("vae"), self.part("text"), self.schedule)
 
     def trained(self) -> dict[str, nn.Module]:
-        names = ("unet", "text") if self.config.text.text_trainable else ("unet",)
+        names = ("unet",) if reads_text(self.config) else ("unet", "text")
         return {name: self.modules[name] for name in names}
 
     def _contexts(self, captions: Sequence[str]) -> Tensor:
@@ -171,13 +171,15 @@ class UNetTask(LatentTask):
         x0 = self._latents(batch)
         seed = self.config.seed + (0 if training else 1)
         num_steps = self.schedule.config.num_train_timesteps
+        recipe = self.config.training
+        relations = {"correlation": recipe.frame_noise_correlation, "offset": recipe.offset_noise}
         noise, times, captions = [], [], []
         for position, caption in zip(batch.positions, batch.captions, strict=True):
             draw = clip_generator(seed, position, NOISE)
             times.append(int(torch.randint(num_steps, (), generator=draw)))
-            dropped = float(torch.rand((), generator=draw)) < self.config.training.caption_dropout
+            dropped = float(torch.rand((), generator=draw)) < recipe.caption_dropout
             captions.append("" if training and dropped else caption)
-            noise.append(torch.randn(x0.shape[1:], generator=draw))
+            noise.append(related_noise(torch.randn(x0.shape[1:], generator=draw), draw, **relations))
         context = self._contexts(captions)
         loss = ddpm_loss(
             lambda x, t: self.modules["unet"](x, t, context),
@@ -295,7 +297,7 @@ def warn_of_random_parts(config: Config) -> None:
     frozen: dict[str, str | None] = {}
     if config.training.task != "vae":
         frozen["vae.vae_weights"] = config.vae.vae_weights
-    if config.training.task == "unet" and not config.text.text_trainable:
+    if reads_text(config):
         frozen["text.text_weights"] = config.text.text_weights
     for key, weights in frozen.items():
         if weights is None:

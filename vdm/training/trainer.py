@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +25,9 @@ from vdm.models.dropout import clip_seeds
 from vdm.training.adam import AdamW
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
+from vdm.training.groups import names_in_order, reordered
 from vdm.training.in_backward import InBackward
+from vdm.training.limits import Clock, Limits
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import parallelize, require_possible
 from vdm.training.resuming import require_same_run
@@ -50,8 +52,8 @@ class Trainer:
             for module in self.trained.values():
                 module.to(torch.bfloat16)
         self.parallel = parallelize(self.trained, partial(self._losses, training=True), self.settings)
-        self.parameters = [p for module in self.trained.values() for p in module.parameters()]
-        self.optimizer = build_optimizer(self.trained.values(), self.settings, seed=config.seed)
+        self.parameters = [p for module in self.trained.values() for p in module.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, self.settings, seed=config.seed)
         self.in_backward: InBackward | None = None
         if self.settings.optimizer_in_backward:
             assert isinstance(self.optimizer, AdamW)
@@ -59,6 +61,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = self.new_ema()
         record = run_dir / "bad_clips.jsonl"
+        clips_per_step = self.clips.batch_size
+        self.limits = Limits.of(self.settings, num_clips=len(self.clips), clips_per_step=clips_per_step)
+        self.clock = Clock()
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
         self.validated: dict[str, float] = {}  # the losses of the last validation
@@ -119,9 +124,7 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the mean of each loss, the learning rate, the gradient's norm, and how many steps
         were skipped so far: one whose loss or gradient is not finite changes no weight."""
-        rate = learning_rate(self.step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rates = self._set_rates()
         totals: dict[str, float] = {}
         for number, batch in enumerate(micro_batches, start=1):
             with self._dropout(batch), self.parallel.micro_step(last=number == len(micro_batches)):
@@ -143,7 +146,26 @@ class Trainer:
         else:
             self._skip(micro_batches, trouble)
         self.step += 1
-        return {**numbers, "lr": rate, "grad_norm": norm, "skipped_steps": float(self.faults.skipped)}
+        return {**numbers, **rates, "grad_norm": norm, "skipped_steps": float(self.faults.skipped)}
+
+    def ended(self) -> bool:
+        """Whether a limit is reached, by steps or by the clock."""
+        return self.limits.reached(self.step, seconds=self.seconds())
+
+    def seconds(self) -> float:
+        """What the clock says; in several processes, where it ends the run, that of the main one."""
+        return dist.from_main(self.clock.seconds()) if math.isfinite(self.limits.seconds) else self.clock.seconds()
+
+    def _set_rates(self) -> dict[str, float]:
+        """Give every group of parameters the learning rate of this step; returns what to log of them."""
+        settings = self.settings
+        done = self.limits.done(self.step, warmup=settings.warmup_steps, seconds=self.seconds())
+        rates = {"lr": learning_rate(self.step, settings, done=done)}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates["lr"] * (group["rate"] / settings.learning_rate)
+            if group["rate"] != settings.learning_rate:
+                rates[f"lr_{group['name']}"] = group["lr"]
+        return rates
 
     def _dropout(self, batch: Batch) -> AbstractContextManager[None]:
         return clip_seeds([clip_seed(self.config.seed, position, DROPOUT) for position in batch.positions])
@@ -234,12 +256,14 @@ class Trainer:
         weights |= {f"{part}.ema": dist.whole(self.ema.state_dict(part)) for part in self.trained}
         trainer_state = {
             "optimizer": dist.whole(self.optimizer.state_dict()),
+            "learns": names_in_order(self.optimizer, self.trained),
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.num_updates,
             "faults": asdict(self.faults),
             "in_backward": None if self.in_backward is None else self.in_backward.state_dict(),
         }
-        info = {"step": self.step, "task": self.settings.task, **self.validated}
+        seconds = round(self.clock.seconds(), 3)
+        info = {"step": self.step, "task": self.settings.task, "seconds": seconds, **self.validated}
         self.writer.start(path, to_yaml(self.config), weights, trainer_state, info)
         self.faults.went_back &= self.faults.in_a_row > 0
         self.settle(wait=must or not self.writer.in_background, must=must)
@@ -273,6 +297,7 @@ class Trainer:
         self.faults = Faults(**state.get("faults", {}))
         self.validated = {name: value for name, value in info.items() if name.startswith("val_")}
         self.step = int(info["step"])
+        self.clock.before = float(info.get("seconds", 0.0))
 
     def _load_state(self, path: Path) -> dict[str, Any]:
         """Take weights, optimizer, scaler and averages from a checkpoint; returns its trainer state."""
@@ -286,20 +311,30 @@ class Trainer:
             except RuntimeError as error:
                 reason = str(error).splitlines()[1].strip()
                 raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
-        # The moments are the checkpoint's; weight decay and the like are what this run's config says.
-        settings = self.optimizer.state_dict()["param_groups"]
-        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            number: {n: dist.share_of(v, like=numbered[number]) for n, v in moment.items()}
-            for number, moment in state["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        self._load_optimizer(state, path)
         self.scaler.load_state_dict(state["scaler"])
         if self.in_backward is not None:
             self.in_backward.load_state_dict(state.get("in_backward") or {"last_norm": None})
         averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
         self.ema.load(averages, num_updates=state["ema_updates"])
         return dict(state)
+
+    def _load_optimizer(self, state: Mapping[str, Any], path: Path) -> None:
+        """The moments are the checkpoint's; rates, weight decay and the like are what this run's config says."""
+        ours = names_in_order(self.optimizer, self.trained)
+        theirs = state.get("learns", ours)
+        if differ := sorted({*ours} ^ {*theirs}):
+            raise UserError(
+                f"{path} is of a run in which other layers are frozen ({differ[0]} is one of {len(differ)}); set "
+                "training.spatial_learning_rate and temporal_learning_rate to 0 where they were, or begin a run from "
+                "its weights with training.init_from"
+            )
+        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            number: {name: dist.share_of(value, like=numbered[number]) for name, value in moment.items()}
+            for number, moment in reordered(state["optimizer"]["state"], theirs=theirs, ours=ours).items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def finish(self) -> Path:
         """Write the finished model, with the averaged weights, to `final`."""

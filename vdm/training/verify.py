@@ -42,11 +42,12 @@ def verify_resume(config: Config) -> None:
 
 
 def _run(config: Config, run_dir: Path, *, stop: int) -> Config:
-    """The run with nothing but steps, to end after `stop` of them."""
+    """The run with nothing but steps, to end after `stop` of them; with a clock no two runs were alike."""
     most = config.training.max_train_steps
     training = replace(
         config.training,
         stop_after_steps=None if stop == most else stop,
+        max_train_hours=None,
         checkpointing_steps=stop,
         keep_checkpoints=None,
         validation_steps=0,
