@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +20,7 @@ from vdm.config import Config, load, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
 from vdm.errors import UserError
+from vdm.training.diagnostics import Tally, gradient_norms, other_captions
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
 from vdm.training.optim import build_optimizer, learning_rate
@@ -86,6 +89,7 @@ class Trainer:
             for name, value in values.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
         self.scaler.unscale_(self.optimizer)
+        norms = gradient_norms(self.trained) if self._logs_this_step() else {}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         trouble = self._trouble(totals["loss"], norm)
         if trouble is None or self.scaler.is_enabled():  # which skips steps with such gradients by itself
@@ -99,7 +103,11 @@ class Trainer:
             self._skip(micro_batches, trouble)
         self.step += 1
         numbers = {name: float(value) for name, value in totals.items()}
-        return {**numbers, "lr": rate, "grad_norm": float(norm), "skipped_steps": float(self.faults.skipped)}
+        return {**numbers, "lr": rate, "grad_norm": float(norm), **norms, "skipped_steps": float(self.faults.skipped)}
+
+    def _logs_this_step(self) -> bool:
+        number = self.step + 1
+        return number in (1, self.settings.max_train_steps) or number % self.settings.log_steps == 0
 
     def _seed_dropout(self) -> None:
         state = np.random.SeedSequence([self.config.seed, self.step, DROPOUT]).generate_state(1, np.uint64)
@@ -144,20 +152,26 @@ class Trainer:
         )
 
     def _losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        dtype = AUTOCAST[self.settings.mixed_precision]
-        with torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with self._autocast():
             return self.task.losses(batch, training=training)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = AUTOCAST[self.settings.mixed_precision]
+        return torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @cached_property
+    def _other_captions(self) -> list[str]:
+        return other_captions(self.held_out.captions) if self.settings.diagnostics else []
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses over the validation clips, with draws that are the same at every call."""
-        totals: dict[str, float] = {}
+        """Means over the validation clips, with draws that are the same at every call."""
+        tally = Tally()
         for batch in self.held_out_batches(self.settings.batch_size):
             self.bad_held_out.note(batch.bad)
-            for name, value in self._losses(batch, training=False).items():
-                share = len(batch.ids) / len(self.held_out)
-                totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
-        return totals
+            with self._autocast():
+                tally.add(self.task.judge(batch, others=self._other_captions))
+        return tally.numbers()
 
     def save(self) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs."""
