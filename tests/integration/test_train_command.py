@@ -31,7 +31,8 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 
 def test_the_run_folder_is_complete(finished_run: Path) -> None:
     assert {path.name for path in finished_run.iterdir() if not path.name.startswith(".")} == {
-        "config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoint-10", "checkpoint-20", "final",
+        "config.yaml", "environment.json", "log.jsonl", "tensorboard", "samples", "checkpoint-10", "checkpoint-20",
+        "final",
     }  # fmt: skip
     weights = {"unet", "vae", "text"}
     for name, parts, info in (
