@@ -9,7 +9,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdm.charts import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Axis, Curve, chart
@@ -26,6 +26,7 @@ def points(figure: ElementTree.Element, tag: str = "polyline") -> list[list[tupl
     return [[tuple(map(float, pair.split(","))) for pair in text.split()] for text in found]  # type: ignore[misc]
 
 
+@settings(max_examples=30)
 @given(st.lists(VALUES, min_size=1, max_size=30))
 def test_points_lie_in_the_frame_in_the_order_of_their_values(values: list[float]) -> None:
     ((drawn),) = points(parsed(chart("a", [Curve("a", list(range(len(values))), values)])))
@@ -59,6 +60,7 @@ def test_errors_are_a_band_of_two_on_either_side() -> None:
     assert [round((zero - y) / (zero - band[0][1]), 1) for _, y in band] == [1.0, 2.0, -2.0, -1.0]
 
 
+@settings(max_examples=10)
 @given(st.integers(1, 5 * MOST_POINTS))
 def test_long_curves_are_thinned_and_keep_their_mean(count: int) -> None:
     values = [float(i % 7) for i in range(count)]

@@ -79,10 +79,10 @@ def _page(run: Run) -> str:
     parts = [
         f"<h1>{html.escape(name)}</h1>\n<p>{html.escape(_state(run))}</p>\n",
         *(f'<p class="alarm">{html.escape(sentence)}</p>\n' for sentence in warnings(run)),
-        _section("Curves", f'<div class="charts">\n{"".join(_charts(run.records))}</div>\n', empty=not run.records),
-        _section("Previews", _previews(run.previews), empty=not run.previews),
-        _section("Environment", _starts(run.starts), empty=not run.starts),
-        _section("Config", _config(run), empty=not run.config_text),
+        _section("Curves", "".join(_charts(run.records)), "charts"),
+        _section("Previews", _previews(run.previews), "previews"),
+        _section("Environment", _starts(run.starts), "starts"),
+        _section("Config", _config(run), "config"),
     ]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(name)}</title>\n'
@@ -91,8 +91,8 @@ def _page(run: Run) -> str:
     )
 
 
-def _section(title: str, content: str, *, empty: bool) -> str:
-    return f"<h2>{title}</h2>\n" + ("<p>none yet</p>\n" if empty else content)
+def _section(title: str, content: str, kind: str) -> str:
+    return f'<h2>{title}</h2>\n<div class="{kind}">\n{content or "none yet"}</div>\n'
 
 
 def _state(run: Run) -> str:
@@ -161,6 +161,8 @@ def _curve(name: str, records: Sequence[Record]) -> Curve:
 
 def _previews(previews: Sequence[Preview]) -> str:
     """A row for each clip, a column for each step."""
+    if not previews:
+        return ""
     shown = _chosen(previews)
     head = "".join(f"<th>step {preview.step}</th>" for preview in shown)
     rows = []
@@ -171,8 +173,8 @@ def _previews(previews: Sequence[Preview]) -> str:
     total = len(previews), max(len(preview.clips) for preview in previews)
     note = f"{len(shown)} of {total[0]} previews, {len(rows)} of {total[1]} clips"
     return (
-        f'<p><button id="play">play or pause</button> {note}</p>\n<div class="previews"><table>\n'
-        f"<tr><th></th>{head}</tr>\n{''.join(rows)}</table></div>\n"
+        f'<p><button id="play">play or pause</button> {note}</p>\n<table>\n'
+        f"<tr><th></th>{head}</tr>\n{''.join(rows)}</table>\n"
     )
 
 
@@ -217,6 +219,8 @@ def _video(preview: Preview, number: int) -> str:
 
 def _starts(starts: Sequence[dict[str, object]]) -> str:
     """The last start in full, and of those before what they were called with."""
+    if not starts:
+        return ""
     last = starts[-1]
     before = "".join(
         f"<tr>{''.join(f'<td>{html.escape(str(start.get(key)))}</td>' for key in EARLIER)}</tr>\n"
@@ -232,6 +236,8 @@ def _starts(starts: Sequence[dict[str, object]]) -> str:
 
 
 def _config(run: Run) -> str:
+    if not run.config_text:
+        return ""
     rows = "" if run.config is None else "".join(_changed(run.config))
     table = f'<h3>Other than the defaults</h3>\n<table class="plain">\n{rows}</table>\n' if rows else ""
     return f"{table}<h3>All of it</h3>\n<pre>{html.escape(run.config_text)}</pre>\n"
