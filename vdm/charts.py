@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,21 +95,22 @@ class Axis:
     @staticmethod
     def of(values: Sequence[float]) -> Axis:
         low, high = min(values), max(values)
-        if low > 0.0 and high / low > SPREAD:
+        if low > 0.0 and high > SPREAD * low:
             return Axis(low, high, True)
-        margin = (high - low or abs(high) or 1.0) * 0.05
+        margin = max((high - low or abs(high) or 1.0) * 0.05, sys.float_info.min)
         return Axis(low - margin, high + margin, False)
 
     def share(self, value: float) -> float:
         """Where a value lies, from 0 at the low end to 1."""
         if self.logarithmic:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
         """Four values, evenly apart."""
         if self.logarithmic:
-            return [self.low * (self.high / self.low) ** (i / 3) for i in range(4)]
+            low, high = math.log(self.low), math.log(self.high)
+            return [math.exp(low + (high - low) * i / 3) for i in range(4)]
         return [self.low + (self.high - self.low) * (i + 0.5) / 4 for i in range(4)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -59,6 +59,12 @@ def trainer_of(run_dir: Path, *overrides: str) -> Trainer:
     return trainer
 
 
+@pytest.fixture(scope="module")
+def stirred(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A trainer that tests leave as it is."""
+    return trainer_of(tmp_path_factory.mktemp("stirred"))
+
+
 # ---- by time step
 
 
@@ -70,6 +76,7 @@ def test_every_loss_counts_in_the_quarter_of_its_time_step() -> None:
     assert [table[f"count_t{b}"] for b in range(4)] == [2.0, 1.0, 1.0, 3.0]
 
 
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.tuples(st.integers(0, STEPS - 1), st.floats(0, 10)), min_size=1, max_size=5), min_size=1))
 def test_means_over_steps_and_micro_steps_are_those_of_all_clips(steps: list[list[tuple[int, float]]]) -> None:
     """Every step is cut into two micro-steps, whose numbers are averaged as the trainer does."""
@@ -210,45 +217,36 @@ def test_one_frame_has_no_order_and_without_others_there_are_no_gains() -> None:
 # ---- in a run
 
 
-def test_a_spatial_unet_gains_nothing_from_order_and_one_with_time_does(tmp_path: Path) -> None:
-    values = {}
-    for kind in ("modelscope", "spatial"):
-        trainer = trainer_of(tmp_path, f"model.model_type={kind}")
-        values[kind] = trainer.validate()
+def test_a_spatial_unet_gains_nothing_from_order_and_one_with_time_does(stirred: Trainer, tmp_path: Path) -> None:
+    spatial = trainer_of(tmp_path, "model.model_type=spatial")
+    values = {"modelscope": stirred.validate(), "spatial": spatial.validate()}
     assert abs(values["spatial"]["temporal_gain"]) < 1e-7 < abs(values["modelscope"]["temporal_gain"])
     assert all(abs(value["caption_gain"]) > 1e-7 for value in values.values())
     assert abs(values["spatial"]["temporal_gain_error"]) < 1e-7 < values["modelscope"]["temporal_gain_error"]
 
 
-def test_a_text_tower_that_says_nothing_has_no_caption_gain(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path)
-    encode = trainer.task.modules["text"].forward
-    trainer.task.modules["text"].forward = lambda texts: torch.zeros_like(encode(texts))  # type: ignore[method-assign]
-    assert trainer.validate()["caption_gain"] == 0.0
+def test_a_text_tower_that_says_nothing_has_no_caption_gain(stirred: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = stirred.task.modules["text"].forward
+    monkeypatch.setattr(stirred.task.modules["text"], "forward", lambda texts: torch.zeros_like(encode(texts)))
+    assert stirred.validate()["caption_gain"] == 0.0
 
 
-def test_validation_is_the_same_for_every_seed_and_batch_size(tmp_path: Path) -> None:
-    """Of the same clips and the same weights; mini-something's clips depend on the seed, so they are taken from one."""
-    first = trainer_of(tmp_path)
-    batch = next(first.held_out_batches(3))
-    results = []
-    for seed, size in ((0, 3), (7, 1)):
-        trainer = trainer_of(tmp_path, f"seed={seed}", f"training.batch_size={size}")
-        for part, module in trainer.task.modules.items():
-            module.load_state_dict(first.task.modules[part].state_dict())
-        results.append(trainer.task.judge(batch, others=first._other_captions))
-    assert results[0].keys() == results[1].keys() >= {"loss", "temporal_gain", "caption_gain"}
-    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
-    alone = [first.validate() for _ in range(2)]
-    assert alone[0] == alone[1]
+def test_held_out_clips_are_judged_alike_for_every_seed_and_batch_size(stirred: Trainer, tmp_path: Path) -> None:
+    """The same clips and weights, for mini-something's depend on the seed."""
+    (batch,) = stirred.held_out_batches(3)
+    other = trainer_of(tmp_path, "seed=7", "training.batch_size=1")
+    for part, module in other.task.modules.items():
+        module.load_state_dict(stirred.task.modules[part].state_dict())
+    ours, theirs = (one.task.judge(batch, others=stirred._other_captions) for one in (stirred, other))
+    assert ours.keys() == theirs.keys() >= {"loss", "temporal_gain", "caption_gain"}
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_the_whole_validation_is_the_mean_over_clips_with_its_error(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path)
-    clips = list(batches(trainer.held_out, batch_size=1))
+def test_the_whole_validation_is_the_mean_over_clips_with_its_error(stirred: Trainer) -> None:
+    clips = list(batches(stirred.held_out, batch_size=1))
     with torch.no_grad():
-        each = [trainer.task.judge(batch, others=trainer._other_captions) for batch in clips]
-    values = trainer.validate()
+        each = [stirred.task.judge(batch, others=stirred._other_captions) for batch in clips]
+    values = stirred.validate()
     gains = torch.cat([clip["temporal_gain"] for clip in each]).double()
     assert values["val_loss"] == pytest.approx(sum(float(clip["loss"]) for clip in each) / 3, rel=1e-5)
     assert values["temporal_gain"] == pytest.approx(float(gains.mean()), abs=1e-6)
@@ -256,21 +254,18 @@ def test_the_whole_validation_is_the_mean_over_clips_with_its_error(tmp_path: Pa
     assert {f"val_loss_t{b}" for b in range(NUM_BINS)} <= values.keys()
 
 
-def test_diagnostics_can_be_switched_off_and_change_no_loss(tmp_path: Path) -> None:
-    on, off = trainer_of(tmp_path).validate(), trainer_of(tmp_path, "training.diagnostics=false").validate()
-    assert on.keys() - off.keys() == {f"{of}_gain{more}" for of in ("temporal", "caption") for more in ("", "_error")}
-    assert all(on[name] == value for name, value in off.items())
-
-
-def test_gains_cost_two_validations_more(tmp_path: Path) -> None:
-    calls = {}
-    for switch in ("true", "false"):
-        trainer = trainer_of(tmp_path, f"training.diagnostics={switch}")
+def test_diagnostics_can_be_switched_off_change_no_loss_and_cost_two_validations(tmp_path: Path) -> None:
+    calls, values = {}, {}
+    for switch in (True, False):
+        trainer = trainer_of(tmp_path, f"training.diagnostics={str(switch).lower()}")
         seen: list[int] = []
         trainer.task.modules["unet"].register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        trainer.validate()
+        values[switch] = trainer.validate()
         calls[switch] = len(seen)
-    assert calls == {"true": 3 * NUM_BINS * 2, "false": NUM_BINS * 2}, "three clips in batches of two"
+    assert calls == {True: 3 * NUM_BINS * 2, False: NUM_BINS * 2}, "three clips in batches of two"
+    gains = {f"{of}_gain{more}" for of in ("temporal", "caption") for more in ("", "_error")}
+    assert values[True].keys() - values[False].keys() == gains
+    assert all(values[True][name] == value for name, value in values[False].items())
 
 
 def test_how_much_clips_move_is_told_with_every_preview(tmp_path: Path) -> None:
