@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import base64
 import json
+import queue
 import re
+import shutil
+import subprocess
+import threading
+import urllib.parse
 from collections.abc import Callable
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vdm.checkpoint import RunLock
 from vdm.config import load, to_yaml
+from vdm.data.video import write_video
 from vdm.report import MOST_CLIPS, MOST_STEPS, evenly, warnings, write_report
 from vdm.rundir import read_run
 
 Command = Callable[..., Any]
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "br", "input"}
 NASTY = '<script>alert(1)</script> & "more"'
 
@@ -207,6 +216,56 @@ def test_files_that_are_damaged_or_gone_cost_their_part_alone(tmp_path: Path, da
     assert (page.videos == []) is (damage == "no clips")
     assert ("clip 0" in page.text) is (damage == "captions")
     assert ("bach_size" in page.text) is (damage == "config")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+def test_a_browser_shows_the_numbers_under_the_pointer_and_plays_all_clips_at_once(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run")
+    for file in (folder / "samples").rglob("*.mp4"):
+        write_video(file, np.zeros((16, 32, 32, 3), dtype=np.uint8), fps=8.0)
+    script = """<script>
+      const svg = document.querySelector(".chart svg"), box = svg.getBoundingClientRect();
+      const point = x => svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + x * box.width }));
+      const told = () => document.querySelector(".chart figcaption").textContent.trim();
+      point(0.55); const middle = told(); point(1); const end = told();
+      svg.dispatchEvent(new PointerEvent("pointerleave")); const away = told();
+      setTimeout(() => {
+        const times = clips.map(clip => clip.currentTime);
+        const apart = Math.max(...times) - Math.min(...times), moved = Math.min(...times) > 0;
+        fetch(encodeURIComponent([middle, end, away, clips.length, moved && apart < 0.3].join("|")));
+      }, 1500);
+    </script></body>"""
+    page = write_report(folder).read_text(encoding="utf-8").replace("</body>", script).encode()
+    said: queue.Queue[str] = queue.Queue()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if len(self.path) > 20:
+                said.put(urllib.parse.unquote(self.path[1:]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(page if self.path == "/" else b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = [
+        *(str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--autoplay-policy=no-user-gesture-required", f"--user-data-dir={tmp_path / 'profile'}"),
+        f"http://127.0.0.1:{server.server_port}/",
+    ]
+    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        told = said.get(timeout=60).split("|")
+    finally:
+        browser.kill()
+        browser.wait()
+        server.shutdown()
+    assert told == ["Loss at step 2 loss 0.5", "Loss at step 4 loss 0.25", "Loss loss 0.25", "4", "true"]
 
 
 # ---- bad input

@@ -77,7 +77,7 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
     }
     return (
         f'<figure class="chart" data-curves="{html.escape(json.dumps(data, separators=(",", ":")))}">\n'
-        f"<figcaption><b>{html.escape(title)}<i></i></b>{legend}</figcaption>\n"
+        f"<figcaption><b>{html.escape(title)}<i></i></b> {legend}</figcaption>\n"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{_grid(axis, first, last)}'
         f'{drawn}<line class="rule" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#999" style="display:none"/></svg>\n'
         "</figure>\n"
