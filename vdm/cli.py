@@ -133,19 +133,30 @@ def _sample_parser() -> Parser:
     return parser
 
 
-LATER = ("evaluate", "report")
-COMMANDS = "the commands of vdm: data synth|check|view|cache, convert (training is train.py, sampling is sample.py)"
+LATER = ("evaluate",)
+COMMANDS = "the commands of vdm: data synth|check|view|cache, convert, report (train.py trains, sample.py samples)"
 
 
 def vdm_command(arguments: Sequence[str]) -> None:
     """`vdm` and `python -m vdm`"""
     parser = Parser(prog="vdm", description=COMMANDS)
-    parser.add_argument("command", choices=("data", "convert", *LATER), help="only data and convert are there yet")
+    parser.add_argument("command", choices=("data", "convert", "report", *LATER), help="evaluate is not there yet")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help, vdm convert --help")
     options = parser.parse_args(arguments)
     if options.command in LATER:
         raise UserError(f"vdm {options.command} is not there yet")
-    (_convert_command if options.command == "convert" else _data_command)(options.rest)
+    {"convert": _convert_command, "data": _data_command, "report": _report_command}[options.command](options.rest)
+
+
+def _report_command(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="vdm report", description="Write one page about a run: curves, previews, config, environment.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as runs/smoke")
+    parser.flag("--output", type=Path, metavar="FILE.html", help="the page (default: RUN/report.html)")
+    options = parser.parse_args(arguments)
+
+    from vdm.report import write_report
+
+    print(f"wrote {write_report(options.run, options.output)}; open it in a browser")
 
 
 def _convert_command(arguments: Sequence[str]) -> None:

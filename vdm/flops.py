@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vdm.config import Config
-from vdm.models import UNet3D, VideoVAE
+from vdm.models import UNet3D, UNetConfig, VideoVAE
 
 
 def count(call: Callable[[], object]) -> int:
@@ -19,14 +19,18 @@ def count(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@cache
 def unet_forward(config: Config, *, num_frames: int) -> int:
     """Of the UNet on one clip of `num_frames` at the size of `data`. A training step is about three times as many."""
+    size = (num_frames, config.data.height // config.vae.factor, config.data.width // config.vae.factor)
+    return _unet_forward(config.model, size, config.text.context_length)
+
+
+@cache  # by nothing else of a config, for counting takes a second
+def _unet_forward(config: UNetConfig, size: tuple[int, int, int], context_length: int) -> int:
     with torch.device("meta"):
-        unet = UNet3D(config.model)
-        size = (config.data.height // config.vae.factor, config.data.width // config.vae.factor)
-        latents = torch.empty(1, config.model.in_channels, num_frames, *size)
-        context = torch.empty(1, config.text.context_length, config.model.context_dim)
+        unet = UNet3D(config)
+        latents = torch.empty(1, config.in_channels, *size)
+        context = torch.empty(1, context_length, config.context_dim)
         return count(lambda: unet(latents, torch.zeros(1), context))
 
 

@@ -31,7 +31,8 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 
 def test_the_run_folder_is_complete(finished_run: Path) -> None:
     assert {path.name for path in finished_run.iterdir() if not path.name.startswith(".")} == {
-        "config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoint-10", "checkpoint-20", "final",
+        "config.yaml", "environment.json", "log.jsonl", "tensorboard", "samples", "checkpoint-10", "checkpoint-20",
+        "final",
     }  # fmt: skip
     weights = {"unet", "vae", "text"}
     for name, parts, info in (
@@ -70,7 +71,7 @@ def test_tensorboard_shows_the_log(finished_run: Path) -> None:
 def test_previews_are_clips_and_a_contact_sheet(finished_run: Path) -> None:
     assert {path.name for path in (finished_run / "samples").iterdir()} == {"step-000010", "step-000020"}
     for folder in (finished_run / "samples").iterdir():
-        assert {path.name for path in folder.iterdir()} == {"00.mp4", "contact_sheet.png"}
+        assert {path.name for path in folder.iterdir()} == {"00.mp4", "contact_sheet.png", "captions.json"}
         with av.open(str(folder / "00.mp4")) as mp4:
             assert mp4.streams.video[0].codec_context.name == "h264"
             assert len(list(mp4.decode(video=0))) == 4

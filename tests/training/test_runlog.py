@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vdm.training.preview import write_preview
 from vdm.training.runlog import RunLog
 
 
@@ -78,3 +82,16 @@ def test_the_bar_shows_loss_progress_and_messages(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().err
     assert "half way there\n" in shown
     assert "4/20" in shown and "loss=0.2500" in shown
+
+
+def test_tensorboard_shows_the_sheet_of_a_preview(tmp_path: Path) -> None:
+    folder = tmp_path / "preview"
+    write_preview(folder, torch.zeros(1, 3, 2, 16, 16), captions=["grey"], fps=8.0)
+    log = RunLog(tmp_path, first_step=0, num_steps=2)
+    log.show(1, folder)
+    log.show(2, tmp_path / "nowhere")
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = board.Images("previews")
+    shown = cv2.imdecode(np.frombuffer(event.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    assert event.step == 1 and np.array_equal(shown, cv2.imread(str(folder / "contact_sheet.png")))

@@ -190,7 +190,8 @@ def test_the_preview_shows_the_configured_prompts(tmp_path: Path) -> None:
     batch = next(batches(task.dataset("validation"), batch_size=3))
     task.preview(tmp_path / "one", batch)
     task.preview(tmp_path / "two", batch)
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {"00.mp4", "01.mp4", "contact_sheet.png"}
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"00.mp4", "01.mp4", "contact_sheet.png", "captions.json"}
     assert read_clip(tmp_path / "one" / "01.mp4", fps=8.0, num_frames=4, start=0.0).shape == (4, 16, 16, 3)
     for name in ("00.mp4", "contact_sheet.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -324,7 +325,8 @@ def test_the_towers_learn_which_caption_is_whose() -> None:
 def test_the_text_preview_shows_every_clip_under_the_caption_that_fits(tmp_path: Path) -> None:
     task = text_task("data.cache_latents=true")
     task.preview(tmp_path, next(batches(task.dataset("validation"), batch_size=3)))
-    assert {path.name for path in tmp_path.iterdir()} == {"00.mp4", "01.mp4", "02.mp4", "contact_sheet.png"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"00.mp4", "01.mp4", "02.mp4", "contact_sheet.png", "captions.json"}
 
 
 # ---- what is refused, or warned of

@@ -1,4 +1,4 @@
-"""Which parameters are temporal, and how fast each learns."""
+"""Which parameters are about time: one answer for all that treats them apart. How fast each learns."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def is_temporal(name: str) -> bool:
     parts = name.split(".")
     between_frames = "temporal_conv" in parts or "temporal" in parts
     return between_frames or parts[0] == "transformer_in" or parts[:2] == ["decoder", "time"]
+
+
+def group_of(part: str, name: str) -> str:
+    """The group of a parameter of a part of the model: "spatial", "temporal", or the part itself where it has none."""
+    if part not in ("unet", "vae"):
+        return part
+    return "temporal" if is_temporal(name) else "spatial"
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,10 @@ def own_rates(config: TrainingConfig) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if rate is not None}
 
 
-def _group_of(part: str, name: str, rates: Mapping[str, float]) -> str:
-    kind = "text" if part == "text" else ("temporal" if is_temporal(name) else "spatial")
-    return kind if part in ("unet", "vae", "text") and kind in rates else ""
+def _rate_of(part: str, name: str, rates: Mapping[str, float]) -> str:
+    """The name of the learning rate of a parameter."""
+    group = group_of(part, name)
+    return group if group in rates else ""
 
 
 def choose_what_learns(modules: Mapping[str, nn.Module], config: TrainingConfig) -> None:
@@ -56,7 +64,7 @@ def choose_what_learns(modules: Mapping[str, nn.Module], config: TrainingConfig)
     found: set[str] = set()
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
-            group = _group_of(part, name, rates)
+            group = _rate_of(part, name, rates)
             found.add(group)
             parameter.requires_grad_(rates.get(group, config.learning_rate) > 0)
             learns |= parameter.requires_grad
@@ -74,7 +82,7 @@ def optimizer_groups(modules: Mapping[str, nn.Module], config: TrainingConfig) -
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                kind = _group_of(part, name, rates)
+                kind = _rate_of(part, name, rates)
                 group = groups.setdefault(kind, Group(kind, rates.get(kind, config.learning_rate)))
                 group.parameters[f"{part}.{name}"] = parameter
     return list(groups.values())

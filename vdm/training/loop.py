@@ -12,11 +12,13 @@ from vdm.components import load_part
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch
 from vdm.errors import CannotWrite
-from vdm.training.faults import mean_of_finite
+from vdm.training.diagnostics import alarms, losses_of, summary
+from vdm.training.environment import record_start
 from vdm.training.resuming import as_resumed, starting_point
 from vdm.training.runlog import NoLog, RunLog
 from vdm.training.signals import StopRequest
 from vdm.training.task import build_task, warn_of_random_parts
+from vdm.training.throughput import Window
 from vdm.training.trainer import Trainer
 
 
@@ -41,6 +43,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
             trainer.ema = trainer.new_ema()
         if dist.is_main():
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            record_start(run_dir, step=trainer.step, device=task.device)
         return Loop(trainer).run()
 
 
@@ -64,7 +67,7 @@ class Loop:
         """
         most = self.trainer.limits.steps
         first = self.trainer.step
-        log = RunLog(self.run_dir, first_step=first, num_steps=most) if dist.is_main() else NoLog()
+        self.log = log = RunLog(self.run_dir, first_step=first, num_steps=most) if dist.is_main() else NoLog()
         self.trainer.say = log.say
         self.trainer.clock.start()
         stream = self.trainer.train_batches()
@@ -91,22 +94,20 @@ class Loop:
     def _steps(self, stream: Iterator[Batch], log: RunLog | NoLog, stop: StopRequest, *, until: int) -> bool:
         """Train, with all that is due between steps; returns whether the run is over."""
         settings = self.settings
-        seconds, losses = 0.0, []
+        window = Window(self.trainer.config, self.trainer.task.device)
         last = self.trainer.ended()
         while not last and self.trainer.step < until and not dist.any_of(stop.name is not None):
             began = time.perf_counter()
             self.trainer.settle(wait=False)
-            values = self.trainer.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
-            seconds += time.perf_counter() - began
-            losses.append(values["loss"])
+            batches = [next(stream) for _ in range(settings.gradient_accumulation_steps)]
+            waited = time.perf_counter() - began
+            values = self.trainer.train_step(batches)
+            window.add(values, batches, waited=waited, seconds=time.perf_counter() - began)
             log.advance(values["loss"])
             last = self.trainer.ended()
             held_out = self._look(last)
             if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
-                clips = len(losses) * settings.batch_size * settings.gradient_accumulation_steps * dist.size()
-                values |= {"loss": mean_of_finite(losses), "videos_per_second": clips / seconds}
-                log.write(self.trainer.step, values | held_out)
-                seconds, losses = 0.0, []
+                log.write(self.trainer.step, window.close() | held_out)
             if self.trainer.step % settings.checkpointing_steps == 0 or last:
                 self.trainer.save()
         return last
@@ -119,7 +120,7 @@ class Loop:
         return self.run_dir / f"checkpoint-{self.trainer.step}"
 
     def _look(self, last: bool) -> dict[str, float]:
-        """Validate and preview with the averaged weights, when it is time; returns the validation losses, if any."""
+        """Validate and preview with the averaged weights, when it is time; returns what is to be logged of it."""
         settings = self.settings
         every = settings.validation_steps
         preview_every = settings.preview_steps or every
@@ -130,17 +131,21 @@ class Loop:
             return values
         with self.trainer.ema.applied():
             if validates:
-                values = self.trainer.validated = self.trainer.validate()
-                self.trainer.say(
-                    f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-                )
+                values = self.trainer.validate()
+                self.trainer.validated = losses_of(values)
+                self.trainer.say(f"step {self.trainer.step}: {summary(values)}")
             if previews:
-                self._preview(self.run_dir / "samples" / f"step-{self.trainer.step:06d}")
+                values |= self._preview(self.run_dir / "samples" / f"step-{self.trainer.step:06d}")
+        for alarm in alarms(values, step=self.trainer.step, config=self.trainer.config):
+            self.trainer.say(alarm)
         return values
 
-    def _preview(self, folder: Path) -> None:
+    def _preview(self, folder: Path) -> dict[str, float]:
         try:
             with closing(self.trainer.held_out_batches(batch_size=min(8, len(self.trainer.held_out)))) as stream:
-                self.trainer.task.preview(folder, next(stream))
+                values = self.trainer.task.preview(folder, next(stream))
         except CannotWrite as error:
             self.trainer.say(f"warning: {error}; the run goes on without this preview")
+            return {}
+        self.log.show(self.trainer.step, folder)
+        return values

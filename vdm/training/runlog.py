@@ -8,8 +8,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from vdm.training.preview import SHEET
 
 
 class RunLog:
@@ -48,6 +51,15 @@ class RunLog:
         except OSError as error:  # a full disk, say, which is no reason to stop
             self.say(f"warning: the log of step {step} cannot be written: {error}")
 
+    def show(self, step: int, folder: Path) -> None:
+        """A preview in TensorBoard: its contact sheet, for clips there would need another package."""
+        try:
+            sheet = cv2.imread(str(folder / SHEET))
+            if sheet is not None:
+                self._board.add_image("previews", sheet[..., ::-1].copy(), step, dataformats="HWC")
+        except OSError as error:
+            self.say(f"warning: the preview of step {step} is not in TensorBoard: {error}")
+
     def advance(self, loss: float) -> None:
         """One step done."""
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -69,6 +81,8 @@ class NoLog:
     """What the processes that do not write the run folder have for a log."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def show(self, step: int, folder: Path) -> None: ...
 
     def advance(self, loss: float) -> None: ...
 

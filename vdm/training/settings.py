@@ -74,6 +74,7 @@ class TrainingConfig:
     stop_after_steps: int | None = None  # end there with a checkpoint, on the way to `max_train_steps`
     max_bad_steps: int = 5  # so many in a row that are not finite, and the run goes back to its last checkpoint
     validation_steps: int = 1000  # 0 never validates
+    diagnostics: bool = True  # validation asks too what the order of frames and the captions count; thrice the cost
     preview_steps: int = 0  # 0 means together with each validation
     preview_prompts: tuple[str, ...] = ()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,29 +22,20 @@ from vdm.config import Config
 from vdm.data.dataset import ClipDataset
 from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
-from vdm.data.sheet import contact_sheet
-from vdm.data.video import to_float, to_uint8, write_video
+from vdm.data.video import to_float
 from vdm.diffusion import NoiseSchedule, ddpm_loss, related_noise
 from vdm.errors import UserError
-from vdm.models.vae import LatentDistribution
+from vdm.metrics.temporal import motion_energy
+from vdm.models.vae import LatentDistribution, VideoVAE
 from vdm.models.video_tower import ContrastiveHead
 from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
+from vdm.training.diagnostics import by_timestep, judge
+from vdm.training.draws import HELD_OUT, NOISE, POSTERIOR, clip_generator
 from vdm.training.groups import choose_what_learns
+from vdm.training.preview import write_preview
 
 Split = Literal["train", "validation"]
-NOISE, POSTERIOR, DROPOUT = range(3)  # what a clip's random stream is for; the last word of its seed
-
-
-def clip_seed(seed: int, position: int, purpose: int) -> int:
-    """The seed of one clip's random stream for one purpose, below 2**63."""
-    state = np.random.SeedSequence([seed, position, purpose]).generate_state(1, np.uint64)
-    return int(state[0] >> 1)
-
-
-def clip_generator(seed: int, position: int, purpose: int) -> torch.Generator:
-    """The random stream of one clip for one purpose, on the CPU."""
-    return torch.Generator().manual_seed(clip_seed(seed, position, purpose))
 
 
 class Task(ABC):
@@ -88,9 +78,16 @@ class Task(ABC):
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
         """Scalar losses of a batch; the one called `loss` is minimised, the others are logged."""
 
+    def judge(self, batch: Batch, *, others: Sequence[str]) -> dict[str, Tensor]:
+        """Numbers of held-out clips, one a clip (N,); `others` are captions of other clips, by position, or nothing."""
+        return {name: value.expand(len(batch.ids)) for name, value in self.losses(batch, training=False).items()}
+
     @abstractmethod
-    def preview(self, folder: Path, batch: Batch) -> None:
-        """Write what the model does now as clips and a contact sheet; `batch` holds validation clips."""
+    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
+        """Write what the model does now as clips and a contact sheet; `batch` holds validation clips.
+
+        Returns numbers of the clips, to be logged.
+        """
 
 
 class LatentTask(Task):
@@ -134,13 +131,16 @@ class LatentTask(Task):
         moments = batch.video.to(self.device).float() if kept else self._moments(_pixels(batch, self.device))
         return LatentDistribution(moments, self.config.vae.scaling_factor)
 
-    def _latents(self, batch: Batch) -> Tensor:
-        generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
+    def _latents(self, batch: Batch, *, seed: int | None = None) -> Tensor:
+        seed = self.config.seed if seed is None else seed
+        generators = [clip_generator(seed, p, POSTERIOR) for p in batch.positions]
         return self._posterior(batch).sample(generators)
 
 
 class UNetTask(LatentTask):
     """Denoise the latents of captioned clips, the text tower learning along where it may."""
+
+    data_motion: float | None = None  # of held-out clips, once it is known
 
     def build(self) -> dict[str, nn.Module]:
         self.schedule = NoiseSchedule(self.config.diffusion).to(self.device)
@@ -167,18 +167,19 @@ class UNetTask(LatentTask):
         return contexts
 
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        """The diffusion loss; in validation the captions are all kept, and draws come from a stream of their own."""
+        """The diffusion loss at a random time step, and what `by_timestep` says; in validation `judge`'s loss."""
+        if not training:
+            return {"loss": self.judge(batch, others=())["loss"].mean()}
         x0 = self._latents(batch)
-        seed = self.config.seed + (0 if training else 1)
         num_steps = self.schedule.config.num_train_timesteps
         recipe = self.config.training
         relations = {"correlation": recipe.frame_noise_correlation, "offset": recipe.offset_noise}
         noise, times, captions = [], [], []
         for position, caption in zip(batch.positions, batch.captions, strict=True):
-            draw = clip_generator(seed, position, NOISE)
+            draw = clip_generator(self.config.seed, position, NOISE)
             times.append(int(torch.randint(num_steps, (), generator=draw)))
             dropped = float(torch.rand((), generator=draw)) < recipe.caption_dropout
-            captions.append("" if training and dropped else caption)
+            captions.append("" if dropped else caption)
             noise.append(related_noise(torch.randn(x0.shape[1:], generator=draw), draw, **relations))
         context = self._contexts(captions)
         loss = ddpm_loss(
@@ -188,14 +189,36 @@ class UNetTask(LatentTask):
             t=torch.tensor(times, device=self.device),
             schedule=self.schedule,
         )
-        return {"loss": loss.mean()}
+        return {"loss": loss.mean(), **by_timestep(loss.detach(), times, num_steps=num_steps)}
 
-    def preview(self, folder: Path, batch: Batch) -> None:
-        """Clips for the configured prompts, or the captions of `batch`; clip i always starts from the same noise."""
+    def judge(self, batch: Batch, *, others: Sequence[str]) -> dict[str, Tensor]:
+        """Losses and, where there are `others`, gains: see `diagnostics.judge`. All captions are kept."""
+        wrong = [others[p] for p in batch.positions] if others else []
+        return judge(
+            self.modules["unet"],
+            self._latents(batch, seed=HELD_OUT),
+            positions=batch.positions,
+            schedule=self.schedule,
+            context=self._contexts(batch.captions),
+            other_context=self._contexts(wrong) if wrong else None,
+            differs=[other != right for other, right in zip(wrong, batch.captions, strict=False)],
+        )
+
+    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
+        """Clips for the configured prompts, or the captions of `batch`; clip i always starts from the same noise.
+
+        Returns how much they move, and how much the clips of `batch` do, both as the VAE decodes them.
+        """
         prompts = list(self.config.training.preview_prompts) or batch.captions
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
-        _write_preview(folder, video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps)
+        parts = self.parts
+        if self.data_motion is None:  # of clips that are the same at every preview
+            self.data_motion = _motion_as_decoded(parts.vae, self._posterior(batch).mode())
+        video = TextToVideo(self.config, parts)(prompts, generator=generators, output_type="pt").frames
+        video = video.transpose(1, 2) * 2.0 - 1.0
+        write_preview(folder, video, captions=prompts, fps=self.config.sampling.sampling_fps)
+        ours, theirs = float(motion_energy(video).mean()), self.data_motion
+        return {"preview_motion": ours, "data_motion": theirs} | ({"motion_ratio": ours / theirs} if theirs else {})
 
 
 class TextTask(LatentTask):
@@ -231,12 +254,13 @@ class TextTask(LatentTask):
         }
 
     @torch.no_grad()
-    def preview(self, folder: Path, batch: Batch) -> None:
+    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
         """Every clip under the caption of the batch that fits it best."""
         latents = self._posterior(batch).mode()
         best = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0]).argmax(dim=1)
         captions = [batch.captions[i] for i in best.tolist()]
-        _write_preview(folder, self.part("vae").decode(latents), captions, self.config.data.fps)
+        write_preview(folder, self.part("vae").decode(latents), captions=captions, fps=self.config.data.fps)
+        return {}
 
 
 class VAETask(Task):
@@ -278,18 +302,25 @@ class VAETask(Task):
         }
 
     @torch.no_grad()
-    def preview(self, folder: Path, batch: Batch) -> None:
+    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
         """Every validation clip above its reconstruction."""
         video = _pixels(batch, self.device)
         decoded = self.vae.decode(self.vae.encode(video).mode())
         pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
         names = [name for caption in batch.captions for name in (caption, "reconstructed")]
-        _write_preview(folder, pairs, names, self.config.data.fps)
+        write_preview(folder, pairs, captions=names, fps=self.config.data.fps)
+        return {}
 
 
 def _pixels(batch: Batch, device: torch.device) -> Tensor:
     """The clips of a batch, float32 (B,3,T,H,W) in [-1,1]; as bytes they travel to a GPU in a quarter of the time."""
     return to_float(batch.video.to(device, non_blocking=True))
+
+
+@torch.no_grad()
+def _motion_as_decoded(vae: VideoVAE, latents: Tensor) -> float:
+    """How much clips move as the VAE shows them, as it does previews; one clip at a time, to save memory."""
+    return float(torch.cat([motion_energy(vae.decode(one[None])) for one in latents]).mean())
 
 
 def warn_of_random_parts(config: Config) -> None:
@@ -302,17 +333,6 @@ def warn_of_random_parts(config: Config) -> None:
     for key, weights in frozen.items():
         if weights is None:
             print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
-
-
-def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: float) -> None:
-    """Clips (B,3,T,H,W) in [-1,1] as mp4 files and one contact sheet."""
-    if not dist.is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    clips = [to_uint8(clip.float().cpu()) for clip in video]
-    for number, clip in enumerate(clips):
-        write_video(folder / f"{number:02d}.mp4", clip, fps=fps)
-    contact_sheet(folder / "contact_sheet.png", clips, captions=list(captions))
 
 
 TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask, "text": TextTask}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,12 +19,13 @@ from vdm.components import save_parts
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
-from vdm.errors import CannotWrite, UserError
+from vdm.errors import CannotWrite
 from vdm.models.dropout import clip_seeds
 from vdm.training.adam import AdamW
+from vdm.training.diagnostics import Tally, gradient_norms, other_captions
+from vdm.training.draws import DROPOUT, clip_seed
 from vdm.training.ema import EMA
 from vdm.training.faults import Faults, find_culprits, write_bundle
-from vdm.training.groups import names_in_order, reordered
 from vdm.training.in_backward import InBackward
 from vdm.training.limits import Clock, Limits
 from vdm.training.optim import build_optimizer, learning_rate
@@ -33,7 +33,8 @@ from vdm.training.parallel import parallelize, require_possible
 from vdm.training.resuming import require_same_run
 from vdm.training.saving import Writer
 from vdm.training.settings import AUTOCAST
-from vdm.training.task import DROPOUT, Task, clip_seed
+from vdm.training.state import all_weights, finished_weights, load_state, training_state
+from vdm.training.task import Task
 
 MAX_FAILED_SAVES = 3  # in a row
 
@@ -104,11 +105,10 @@ class Trainer:
             num_ranks=dist.size() if shared else 1,
         )
 
-    def _validation(self) -> Iterator[tuple[Batch, float]]:
-        """This process's validation batches, each with its share of all validation clips.
+    def _validation(self) -> Iterator[tuple[Batch, bool]]:
+        """This process's validation batches, and whether they count.
 
-        Every process gets as many, for together they gather sharded weights; what one gets beyond its own counts
-        nothing.
+        Every process gets as many, for together they gather sharded weights; what one gets beyond its own does not.
         """
         size, total = self.settings.batch_size, len(self.held_out)
         with closing(self.held_out_batches(size, shared=True)) as stream:
@@ -119,7 +119,7 @@ class Trainer:
                 elif batch is None:
                     with closing(self.held_out_batches(size)) as others:
                         batch = next(others)
-                yield batch, 0.0 if own is None else len(batch.ids) / total
+                yield batch, own is not None
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the mean of each loss, the learning rate, the gradient's norm, and how many steps
@@ -134,6 +134,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / len(micro_batches)
         numbers = dist.mean(totals)
         self.scaler.unscale_(self.optimizer)
+        norms = gradient_norms(self.trained) if self._logs_this_step() else {}
         norm = self._clip()
         trouble = self._trouble(numbers["loss"], norm)
         if trouble is None or self.scaler.is_enabled():  # which skips steps with such gradients by itself
@@ -146,7 +147,11 @@ class Trainer:
         else:
             self._skip(micro_batches, trouble)
         self.step += 1
-        return {**numbers, **rates, "grad_norm": norm, "skipped_steps": float(self.faults.skipped)}
+        return {**numbers, **rates, "grad_norm": norm, **norms, "skipped_steps": float(self.faults.skipped)}
+
+    def _logs_this_step(self) -> bool:
+        number = self.step + 1
+        return number in (1, self.limits.steps) or number % self.settings.log_steps == 0
 
     def ended(self) -> bool:
         """Whether a limit is reached, by steps or by the clock."""
@@ -212,7 +217,7 @@ class Trainer:
         good = None if self.faults.went_back else dist.from_main(checkpoint.latest(self.run_dir))
         if good is None:
             self._give_up(micro_batches, told)
-        self._load_state(good)
+        load_state(self, good)
         self.faults.went_back = True
         self.say(f"warning: back to the weights of {good.name} after {self.settings.max_bad_steps} such steps in a row")
 
@@ -228,19 +233,28 @@ class Trainer:
         )
 
     def _losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        dtype = AUTOCAST[self.settings.mixed_precision]
-        with torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with self._autocast():
             return self.task.losses(batch, training=training)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = AUTOCAST[self.settings.mixed_precision]
+        return torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @cached_property
+    def _other_captions(self) -> list[str]:
+        return other_captions(self.held_out.captions) if self.settings.diagnostics else []
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses over the validation clips, with draws that are the same at every call."""
-        totals: dict[str, float] = {}
-        for batch, share in self._validation():
+        """Means over the validation clips, with draws that are the same at every call."""
+        tally = Tally()
+        for batch, own in self._validation():
             self.bad_held_out.note(batch.bad)
-            for name, value in self._losses(batch, training=False).items():
-                totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
-        return dist.summed(totals)
+            with self._autocast():
+                values = self.task.judge(batch, others=self._other_captions)
+            if own:
+                tally.add(values)
+        return tally.united().numbers()
 
     def save(self, *, must: bool = False) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs.
@@ -249,22 +263,9 @@ class Trainer:
         """
         self.settle(wait=True)
         path = self.run_dir / f"checkpoint-{self.step}"
-        for module in self.trained.values():
-            dist.unite_flags(module)
-        parts = self.task.whole() if dist.is_main() else self.task.modules
-        weights = {part: dist.whole(module.state_dict()) for part, module in parts.items()}
-        weights |= {f"{part}.ema": dist.whole(self.ema.state_dict(part)) for part in self.trained}
-        trainer_state = {
-            "optimizer": dist.whole(self.optimizer.state_dict()),
-            "learns": names_in_order(self.optimizer, self.trained),
-            "scaler": self.scaler.state_dict(),
-            "ema_updates": self.ema.num_updates,
-            "faults": asdict(self.faults),
-            "in_backward": None if self.in_backward is None else self.in_backward.state_dict(),
-        }
         seconds = round(self.clock.seconds(), 3)
         info = {"step": self.step, "task": self.settings.task, "seconds": seconds, **self.validated}
-        self.writer.start(path, to_yaml(self.config), weights, trainer_state, info)
+        self.writer.start(path, to_yaml(self.config), all_weights(self), training_state(self), info)
         self.faults.went_back &= self.faults.in_a_row > 0
         self.settle(wait=must or not self.writer.in_background, must=must)
 
@@ -292,58 +293,18 @@ class Trainer:
         """Go on from a checkpoint. Raises `UserError` where it belongs to another kind of run."""
         require_same_run(self.config, path)
         info = checkpoint.verify(path).info
-        state = self._load_state(path)
+        state = load_state(self, path)
         self.task.came_from(path)
         self.faults = Faults(**state.get("faults", {}))
         self.validated = {name: value for name, value in info.items() if name.startswith("val_")}
         self.step = int(info["step"])
         self.clock.before = float(info.get("seconds", 0.0))
 
-    def _load_state(self, path: Path) -> dict[str, Any]:
-        """Take weights, optimizer, scaler and averages from a checkpoint; returns its trainer state."""
-        state = checkpoint.load_trainer_state(path)
-        # Frozen parts too: what they were first made from may have changed, or be gone.
-        for part, module in self.task.modules.items():
-            try:
-                weights = checkpoint.load_weights(path, part)
-                ours = module.state_dict()
-                module.load_state_dict({n: dist.share_of(t, like=ours.get(n, t)) for n, t in weights.items()})
-            except RuntimeError as error:
-                reason = str(error).splitlines()[1].strip()
-                raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
-        self._load_optimizer(state, path)
-        self.scaler.load_state_dict(state["scaler"])
-        if self.in_backward is not None:
-            self.in_backward.load_state_dict(state.get("in_backward") or {"last_norm": None})
-        averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in self.trained}
-        self.ema.load(averages, num_updates=state["ema_updates"])
-        return dict(state)
-
-    def _load_optimizer(self, state: Mapping[str, Any], path: Path) -> None:
-        """The moments are the checkpoint's; rates, weight decay and the like are what this run's config says."""
-        ours = names_in_order(self.optimizer, self.trained)
-        theirs = state.get("learns", ours)
-        if differ := sorted({*ours} ^ {*theirs}):
-            raise UserError(
-                f"{path} is of a run in which other layers are frozen ({differ[0]} is one of {len(differ)}); set "
-                "training.spatial_learning_rate and temporal_learning_rate to 0 where they were, or begin a run from "
-                "its weights with training.init_from"
-            )
-        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            number: {name: dist.share_of(value, like=numbered[number]) for name, value in moment.items()}
-            for number, moment in reordered(state["optimizer"]["state"], theirs=theirs, ours=ours).items()
-        }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
     def finish(self) -> Path:
         """Write the finished model, with the averaged weights, to `final`."""
         self.settle(wait=True)
         final = self.run_dir / "final"
-        parts = self.task.whole() if dist.is_main() else self.task.modules
-        weights = {part: module.state_dict() for part, module in parts.items()}
-        weights |= {part: self.ema.state_dict(part) for part in self.trained}
-        weights = {part: dist.whole(state) for part, state in weights.items()}
+        weights = finished_weights(self)
         if dist.is_main():
             save_parts(final, self.config, weights, info={"step": self.step, "task": self.settings.task})
         return final

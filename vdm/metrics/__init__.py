@@ -1,0 +1,1 @@
+"""FRAMES -> NUMBERS. Pure functions of clips."""
