@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vdm.components import Components, build_text_encoder, build_unet, build_vae, with_sources
 from vdm.config import Config
+from vdm.data.cache import Cache
 from vdm.data.dataset import ClipDataset
 from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
@@ -83,8 +84,12 @@ class Task(ABC):
         """Scalar losses of a batch; the one called `loss` is minimised, the others are logged."""
 
     @abstractmethod
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
+        """What the model does now with validation clips: clips (B,3,T,H,W) in [-1,1], captions, frames per second."""
+
     def preview(self, folder: Path, batch: Batch) -> None:
-        """Write what the model does now as clips and a contact sheet; `batch` holds validation clips."""
+        """Write what is `shown` as clips and a contact sheet."""
+        _write_preview(folder, *self.shown(batch))
 
 
 class LatentTask(Task):
@@ -93,8 +98,8 @@ class LatentTask(Task):
     From a cache on disk it reads them, and there is no VAE, nor a frozen text tower, but for previews and checkpoints.
     """
 
-    def __init__(self, config: Config, device: torch.device):
-        self.cache = open_cache(config)
+    def __init__(self, config: Config, device: torch.device, *, cache: Cache | None = None):
+        self.cache = cache or open_cache(config)
         super().__init__(config, device)
 
     def whole(self) -> dict[str, nn.Module]:
@@ -182,12 +187,12 @@ class UNetTask(LatentTask):
         )
         return {"loss": loss.mean()}
 
-    def preview(self, folder: Path, batch: Batch) -> None:
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
         """Clips for the configured prompts, or the captions of `batch`; clip i always starts from the same noise."""
         prompts = list(self.config.training.preview_prompts) or batch.captions
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
-        _write_preview(folder, video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps)
+        return video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps
 
 
 class TextTask(LatentTask):
@@ -223,12 +228,12 @@ class TextTask(LatentTask):
         }
 
     @torch.no_grad()
-    def preview(self, folder: Path, batch: Batch) -> None:
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
         """Every clip under the caption of the batch that fits it best."""
         latents = self._posterior(batch).mode()
         best = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0]).argmax(dim=1)
         captions = [batch.captions[i] for i in best.tolist()]
-        _write_preview(folder, self.part("vae").decode(latents), captions, self.config.data.fps)
+        return self.part("vae").decode(latents), captions, self.config.data.fps
 
 
 class VAETask(Task):
@@ -270,13 +275,13 @@ class VAETask(Task):
         }
 
     @torch.no_grad()
-    def preview(self, folder: Path, batch: Batch) -> None:
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
         """Every validation clip above its reconstruction."""
         video = _pixels(batch, self.device)
         decoded = self.vae.decode(self.vae.encode(video).mode())
         pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
         names = [name for caption in batch.captions for name in (caption, "reconstructed")]
-        _write_preview(folder, pairs, names, self.config.data.fps)
+        return pairs, names, self.config.data.fps
 
 
 def _pixels(batch: Batch, device: torch.device) -> Tensor:
@@ -308,8 +313,9 @@ def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: fl
 TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask, "text": TextTask}
 
 
-def build_task(config: Config, device: torch.device) -> Task:
-    """The task that `training.task` names. Raises `UserError` where the device cannot do the precision asked for."""
+def build_task(config: Config, device: torch.device, *, cache: Cache | None = None) -> Task:
+    """The task that `training.task` names; `cache` in place of the one in `data.cache_dir`. Raises `UserError` where the device cannot do the precision asked for."""
     if config.training.mixed_precision == "fp16" and device.type != "cuda":
         raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
-    return TASKS[config.training.task](config, device)
+    kind = TASKS[config.training.task]
+    return kind(config, device) if cache is None else kind(config, device, cache=cache)  # type: ignore[call-arg]
