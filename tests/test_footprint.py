@@ -18,7 +18,14 @@ from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
 SMALL = ("data.min_frames=8", "data.max_frames=8", "model.unet_dim=32")
-LARGER = ("data.min_frames=8", "data.max_frames=8", "model.unet_dim=64", "height=64", "width=64", "batch_size=4")
+LARGER = (
+    "data.min_frames=8",
+    "data.max_frames=8",
+    "model.unet_dim=64",
+    "data.height=64",
+    "data.width=64",
+    "batch_size=4",
+)
 
 
 def config_of(*overrides: str) -> Config:

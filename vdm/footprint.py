@@ -17,6 +17,7 @@ from vdm.config import Config
 from vdm.data.cache import SPLITS, Cache, Entry, Split
 from vdm.data.cache import Plan as CachePlan
 from vdm.data.loader import Batch
+from vdm.data.quarantine import Bad
 from vdm.data.sources import Words
 from vdm.memory import Ledger, imagined, tensors_in
 from vdm.training.task import Task, build_task
@@ -84,7 +85,7 @@ class _ImaginedCache(Cache):
 
     def __init__(self, config: Config) -> None:
         ones: dict[str, int] = dict.fromkeys((*SPLITS, "text"), 1)
-        none = {split: [] for split in SPLITS}
+        none: dict[str, Bad] = {split: [] for split in SPLITS}
         super().__init__(Path(), CachePlan(num_clips=ones, num_texts=1, per_shard=ones, missing=none, ids="", dtype=""))
         self.shape = (config.text.context_length, config.text.text_width)
 

@@ -30,7 +30,7 @@ class Ledger(TorchDispatchMode):
     """Within the context every storage of memory is entered when it is made and struck out when it is freed.
 
     `held` is bytes now by kind, `peak` the same at the moment of the largest sum since `watch`, `flops` the operations
-    of products, convolutions and attention, a multiply-add being two. What would have to know a number is told 0.5, 1 or true.
+    of products, convolutions and attention, a multiply-add being two. Who asks for a number is told 0.5, 1 or true.
     """
 
     def __init__(self) -> None:

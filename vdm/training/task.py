@@ -314,7 +314,10 @@ TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask, "text": Tex
 
 
 def build_task(config: Config, device: torch.device, *, cache: Cache | None = None) -> Task:
-    """The task that `training.task` names; `cache` in place of the one in `data.cache_dir`. Raises `UserError` where the device cannot do the precision asked for."""
+    """The task that `training.task` names, with `cache` in place of the one in `data.cache_dir`, where it is given.
+
+    Raises `UserError` where the device cannot do the precision asked for.
+    """
     if config.training.mixed_precision == "fp16" and device.type != "cuda":
         raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
     kind = TASKS[config.training.task]
