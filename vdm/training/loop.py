@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from vdm.data.loader import Batch
 from vdm.errors import CannotWrite, UserError
 from vdm.training.ema import EMA
 from vdm.training.faults import mean_of_finite
+from vdm.training.rehearsal import Rehearsal
 from vdm.training.runlog import RunLog
 from vdm.training.signals import StopRequest
 from vdm.training.task import build_task, warn_of_random_parts
@@ -76,6 +76,7 @@ class Loop:
         self.trainer, self.settings, self.run_dir = trainer, trainer.settings, trainer.run_dir
         self.failed_saves = 0
         self.saved_at: int | None = None  # the step of this run's own last checkpoint
+        self.rehearsal = Rehearsal(trainer)
 
     def run(self) -> Path:
         """Train to `max_train_steps`, or as long as nobody wants it to stop.
@@ -90,6 +91,7 @@ class Loop:
             module.train()
         try:
             with StopRequest() as stop:
+                self.rehearsal.look(log, stop)
                 self._steps(stream, log, stop, until=min(most, self.settings.stop_after_steps or most))
             done = self.trainer.finish() if self.trainer.step == most else self._pause()
         finally:
@@ -109,9 +111,11 @@ class Loop:
         seconds, losses = 0.0, []
         while self.trainer.step < until and stop.name is None:
             began = time.perf_counter()
-            values = self.trainer.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
+            with self.rehearsal.part("the first step"):
+                values = self.trainer.train_step([next(stream) for _ in range(settings.gradient_accumulation_steps)])
             seconds += time.perf_counter() - began
             losses.append(values["loss"])
+            self.rehearsal.save(stop)
             log.advance(values["loss"])
             last = self.trainer.step == settings.max_train_steps
             held_out = self._look(last)
@@ -162,7 +166,6 @@ class Loop:
 
     def _preview(self, folder: Path) -> None:
         try:
-            with closing(self.trainer.held_out_batches(batch_size=min(8, len(self.trainer.held_out)))) as stream:
-                self.trainer.task.preview(folder, next(stream))
+            self.trainer.preview(folder)
         except CannotWrite as error:
             self.trainer.say(f"warning: {error}; the run goes on without this preview")

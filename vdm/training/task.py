@@ -289,16 +289,20 @@ def _pixels(batch: Batch, device: torch.device) -> Tensor:
     return to_float(batch.video.to(device, non_blocking=True))
 
 
-def warn_of_random_parts(config: Config) -> None:
-    """Name the parts that a new run would never train and that no weights are given for."""
+def random_parts(config: Config) -> list[str]:
+    """The keys that name no weights for parts which a new run would never train."""
     frozen: dict[str, str | None] = {}
     if config.training.task != "vae":
         frozen["vae.vae_weights"] = config.vae.vae_weights
     if config.training.task == "unet" and not config.text.text_trainable:
         frozen["text.text_weights"] = config.text.text_weights
-    for key, weights in frozen.items():
-        if weights is None:
-            print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
+    return [key for key, weights in frozen.items() if weights is None]
+
+
+def warn_of_random_parts(config: Config) -> None:
+    """Name them."""
+    for key in random_parts(config):
+        print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
 
 
 def _write_preview(folder: Path, video: Tensor, captions: Sequence[str], fps: float) -> None:

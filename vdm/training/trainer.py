@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,9 +160,24 @@ class Trainer:
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) * share
         return totals
 
+    def preview(self, folder: Path) -> None:
+        """Write what the model makes now, of some validation clips or the configured prompts."""
+        with closing(self.held_out_batches(batch_size=min(8, len(self.held_out)))) as stream:
+            self.task.preview(folder, next(stream))
+
     def save(self) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs."""
         path = self.run_dir / f"checkpoint-{self.step}"
+        self.write(path)
+        self.faults.went_back &= self.faults.in_a_row > 0
+        self.task.came_from(path)
+        settings = self.settings
+        best = "val_loss" if settings.keep_best else None
+        retention = checkpoint.Retention(settings.keep_checkpoints, settings.keep_every, best)
+        checkpoint.prune(self.run_dir, retention=retention)
+
+    def write(self, path: Path) -> None:
+        """Write all that belongs in a checkpoint to `path`, and change nothing else."""
         weights = {part: module.state_dict() for part, module in self.task.whole().items()}
         weights |= {f"{part}.ema": self.ema.state_dict(part) for part in self.trained}
         checkpoint.save_checkpoint(
@@ -176,12 +192,6 @@ class Trainer:
             },
             info={"step": self.step, "task": self.settings.task, **self.validated},
         )
-        self.faults.went_back &= self.faults.in_a_row > 0
-        self.task.came_from(path)
-        settings = self.settings
-        best = "val_loss" if settings.keep_best else None
-        retention = checkpoint.Retention(settings.keep_checkpoints, settings.keep_every, best)
-        checkpoint.prune(self.run_dir, retention=retention)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises `UserError` where it belongs to another model or kind of training."""
