@@ -91,8 +91,9 @@ class Loop:
             module.train()
         try:
             with StopRequest() as stop:
-                self.rehearsal.look(log, stop)
-                self._steps(stream, log, stop, until=min(most, self.settings.stop_after_steps or most))
+                until = min(most, self.settings.stop_after_steps or most)
+                self.rehearsal.look(log, stop, until=until)
+                self._steps(stream, log, stop, until=until)
             done = self.trainer.finish() if self.trainer.step == most else self._pause()
         finally:
             stream.close()  # stops the data workers now, not when the garbage is collected

@@ -1,4 +1,4 @@
-"""The rehearsal of a run: all that it will do, once and at full size, so that what must fail fails in the first minutes.
+"""The rehearsal of a run: all that it will do, once and at full size, so that what must fail fails within minutes.
 
 Nothing random is drawn but by the first step itself, which is the run's own: results are the same without it.
 """
@@ -16,19 +16,17 @@ from pathlib import Path
 
 import torch
 
-from vdm.errors import Failure
+from vdm.errors import CannotWrite, Failure
 from vdm.files import in_words
 from vdm.training.runlog import RunLog
 from vdm.training.signals import StopRequest
 from vdm.training.trainer import Trainer
 
-OFF = "or go without with training.rehearsal=false"
-
 
 class Rehearsal:
     """Call `look` before the first step, take that within `part`, and call `save` after it; then it is over.
 
-    Raises Failure, a sentence that names the part that failed and what to change.
+    Raises Failure or CannotWrite, a sentence that names the part that failed and what to change.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -36,11 +34,14 @@ class Rehearsal:
         self.over = not self.settings.rehearsal
         self.took: list[str] = []
 
-    def look(self, log: RunLog, stop: StopRequest) -> None:
-        """Validate and preview with the weights as they are, if the run ever will; of a fresh run that is its step 0."""
+    def look(self, log: RunLog, stop: StopRequest, *, until: int) -> None:
+        """Validate and preview with the weights as they are, if the run ever will, on its way to step `until`.
+
+        What a fresh run shows here stays, as that of step 0.
+        """
         settings, trainer = self.settings, self.trainer
         fresh = trainer.step == 0
-        self.over |= stop.name is not None
+        self.over |= stop.name is not None or trainer.step >= until
         if self.over:
             return
         if trainer.task.device.type == "cuda":
@@ -86,10 +87,13 @@ class Rehearsal:
                 f"{name} ran out of memory in the rehearsal of the run; train.py CONFIG --plan --gpu NAME says what it "
                 "takes and which options make it fit"
             ) from error
-        except OSError as error:
-            raise Failure(f"{name} failed in the rehearsal of the run: {in_words(error)}; mend that, {OFF}") from error
-        except ValueError as error:  # bad input, or a disk that refuses
-            raise Failure(f"{name} failed in the rehearsal of the run: {error}; mend that, {OFF}") from error
+        except (CannotWrite, OSError) as error:
+            told = str(error)
+            if isinstance(error, OSError):
+                told = f"{in_words(error)}{f': {error.filename}' if error.filename else ''}; mend that"
+            raise CannotWrite(
+                f"{name} failed in the rehearsal of the run: {told}, or go without with training.rehearsal=false"
+            ) from error
         self.took.append(f"{name} {time.perf_counter() - began:.1f} s")
 
     def _preview(self, folder: Path | None) -> None:
