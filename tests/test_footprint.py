@@ -17,6 +17,8 @@ from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
+# One level and one layer: imagined in a second or two.
+LEAST = ("model.channel_mult=[1]", "model.attention_levels=[true]", "text.text_trainable=false", "batch_size=4")
 SMALL = ("data.min_frames=8", "data.max_frames=8", "model.unet_dim=32")
 LARGER = (
     "data.min_frames=8",
@@ -68,14 +70,12 @@ def _peak(profiler: profile, phase: str) -> int:
 
 def assert_right(config: Config, run_dir: Path) -> None:
     imagined_peaks, real = footprint(config, cuda=False).peaks, allocated(config, run_dir)
-    print({phase: (imagined_peaks[phase], peak) for phase, peak in real.items()})
     for phase, peak in real.items():
-        assert imagined_peaks[phase] == pytest.approx(peak, rel=0.1), phase
+        assert imagined_peaks[phase] == pytest.approx(peak, rel=0.02), phase
 
 
-@pytest.mark.slow
-def test_a_small_run_holds_what_was_imagined(tmp_path: Path) -> None:
-    assert_right(config_of(*SMALL, "gradient_accumulation_steps=2"), tmp_path)
+def test_the_least_run_holds_what_was_imagined(tmp_path: Path) -> None:
+    assert_right(config_of(*LEAST, "data.min_frames=8", "data.max_frames=8"), tmp_path)
 
 
 @pytest.mark.slow
@@ -83,12 +83,9 @@ def test_a_small_run_holds_what_was_imagined(tmp_path: Path) -> None:
     "overrides",
     [
         (),
-        ("gradient_checkpointing=block",),
-        ("mixed_precision=bf16", "text.text_trainable=false"),
-        ("batch_size=2", "gradient_accumulation_steps=2", "optimizer=muon"),
-        ("data.cache_latents=true", "mixed_precision=bf16", "gradient_checkpointing=block"),
-        ("training.task=vae", "vae.vae_channels=[16,32,32]", "data.max_frames=8"),
-        ("training.task=text",),
+        ("gradient_checkpointing=block", "mixed_precision=bf16", "text.text_trainable=false"),
+        ("batch_size=2", "gradient_accumulation_steps=2", "optimizer=muon", "data.cache_latents=true"),
+        ("training.task=vae", "vae.vae_channels=[16,32,32]"),
     ],
     ids=",".join,
 )
@@ -101,7 +98,7 @@ def test_a_run_holds_what_was_imagined(tmp_path: Path, overrides: tuple[str, ...
 
 def test_what_stays_is_counted_to_the_byte() -> None:
     """Four float32 numbers a weight that learns: itself, two moments, its average; and all others once."""
-    config = config_of(*SMALL)
+    config = config_of(*LEAST, "data.min_frames=8", "data.max_frames=8")  # as above: it is imagined once
     made = build_task(config, torch.device("cpu"))
     trained = {part: sum(p.numel() for p in module.parameters()) for part, module in made.trained().items()}
     measured = footprint(config, cuda=False)
@@ -116,6 +113,7 @@ def test_what_stays_is_counted_to_the_byte() -> None:
     assert held.get(OTHER, 0) < 100_000, "the noise schedule"
 
 
+@pytest.mark.slow
 def test_operations_are_three_forward_passes_and_one_more_where_they_are_repeated() -> None:
     config = config_of(*SMALL, "text.text_trainable=false")
     forward = 2 * flops.unet_forward(config, num_frames=8)
@@ -127,9 +125,6 @@ def test_operations_are_three_forward_passes_and_one_more_where_they_are_repeate
 
 
 def test_a_gpu_keeps_no_matrix_of_attention_and_norms_in_float32() -> None:
-    config = config_of(*SMALL, "mixed_precision=bf16", "text.text_trainable=false")
-    cpu, gpu = (footprint(config, cuda=cuda).peaks["training step"] for cuda in (False, True))
-    assert cpu != gpu
     with imagined(cuda=True) as ledger:
         q = torch.empty(1, 2, 512, 16, requires_grad=True)
         before = sum(ledger.held.values())
@@ -140,9 +135,20 @@ def test_a_gpu_keeps_no_matrix_of_attention_and_norms_in_float32() -> None:
     assert torch.nn.functional.layer_norm(torch.ones(4, 8), (8,)).shape == (4, 8), "and all is as it was"
 
 
+@pytest.mark.slow
 def test_offloaded_averages_are_not_on_the_gpu() -> None:
-    held = footprint(config_of("training.ema_offload=true")).phases["training step"]
+    held = footprint(config_of(*LEAST, "training.ema_offload=true")).phases["training step"]
     assert "averaged weights" not in held and held["optimizer"]
+
+
+@pytest.mark.slow
+def test_a_cache_spares_the_autoencoder_and_the_text_tower() -> None:
+    config = config_of(*LEAST, "data.cache_dir=nowhere")
+    assert {kind for kind in footprint(config).phases["training step"] if "weights" in kind} == {
+        "weights of unet",
+        "averaged weights",
+    }
+    assert footprint(config).step_flops == pytest.approx(12 * flops.unet_forward(config, num_frames=4), rel=0.03)
 
 
 # ---- the ledger

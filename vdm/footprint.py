@@ -5,6 +5,7 @@ One training step, one validation, one preview and what a checkpoint writes, of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +25,7 @@ from vdm.training.task import Task, build_task
 from vdm.training.trainer import Trainer
 
 AVERAGES, GRADIENTS, OPTIMIZER = "averaged weights", "gradients", "optimizer"
-TENSOR_HEADER, RECORD = 120, 330  # bytes that a tensor costs beyond its own, in a weight file and in trainer.pt
+RECORD = 330  # bytes that a tensor costs in trainer.pt beyond its own
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,38 @@ class Footprint:
         return {phase: sum(kinds.values()) for phase, kinds in self.phases.items()}
 
 
-@cache
 def footprint(config: Config, *, cuda: bool = True) -> Footprint:
     """Of a run of `config`, on a GPU, or as the CPU would run it. Needs neither data nor weights, and no network.
 
     Raises UserError where the run itself would, before its first step.
     """
-    planned = _planned(config)
+    measured = _measured(_planned(config), cuda=cuda)
+    if not config.training.ema_offload:
+        return measured
+    phases = {
+        phase: {kind: size for kind, size in kinds.items() if kind != AVERAGES}
+        for phase, kinds in measured.phases.items()
+    }
+    return replace(measured, phases=phases)
+
+
+@cache
+def _measured(planned: Config, *, cuda: bool) -> Footprint:
     with imagined(cuda=cuda) as ledger:
-        stand_in = None if config.data.cache_dir is None else _ImaginedCache(config)
+        stand_in = None if planned.data.cache_dir is None else _ImaginedCache(planned)
         task = build_task(planned, torch.device("cpu"), cache=stand_in)
-        return _Rehearsed(planned, task, ledger, cuda=cuda).measured(config)
+        return _Rehearsed(planned, task, ledger, cuda=cuda).measured()
 
 
 def _planned(config: Config) -> Config:
     """The config with nothing that has to be there, and nothing that only takes time."""
     training = config.training
+    anywhere = {"root": None, "templates": (), "max_clips_per_template": None, "num_clips": None}
     return replace(
         config,
-        data=replace(config.data, format="mini-something", root=None, templates=(), max_clips_per_template=None),
+        name="planned",
+        run_dir="planned",
+        data=replace(config.data, format="mini-something", **anywhere),
         vae=replace(config.vae, vae_weights=None),
         text=replace(config.text, text_weights=None),
         sampling=replace(config.sampling, num_inference_steps=min(2, config.sampling.num_inference_steps)),
@@ -75,7 +89,7 @@ def _planned(config: Config) -> Config:
             init_from=None,
             compile=False,
             parallel="ddp",
-            ema_offload=False,  # what is kept elsewhere is taken off at the end
+            ema_offload=False,  # what is kept elsewhere is taken off afterwards
         ),
     )
 
@@ -137,16 +151,14 @@ class _Rehearsed:
         if parameter.grad is not None:
             self.ledger.mark(GRADIENTS, [parameter.grad])
 
-    def measured(self, config: Config) -> Footprint:
-        trainer, settings = self.trainer, config.training
+    def measured(self) -> Footprint:
+        trainer, settings = self.trainer, self.trainer.settings
         phases = {"training step": self._steps()}
         flops = self._flops
         if settings.validation_steps or settings.preview_steps:
             phases |= self._looks(validates=settings.validation_steps > 0)
         self.ledger.watch()
         phases["save"] = self.ledger.peak
-        if settings.ema_offload:
-            phases = {phase: {k: n for k, n in kinds.items() if k != AVERAGES} for phase, kinds in phases.items()}
         whole = trainer.task.whole()
         learn = {part: [p for p in module.parameters() if p.requires_grad] for part, module in trainer.trained.items()}
         return Footprint(
@@ -194,4 +206,10 @@ class _Rehearsed:
 
 
 def _file_bytes(state: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() + TENSOR_HEADER for t in state.values())
+    """Of a weight file: the numbers, and a line of the header for each tensor."""
+    size, header = 0, 0
+    for name, tensor in state.items():
+        start, size = size, size + tensor.numel() * tensor.element_size()
+        about = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, size]}
+        header += len(json.dumps({name: about}, separators=(",", ":")))
+    return size + header
