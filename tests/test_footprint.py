@@ -17,8 +17,14 @@ from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
-# One level and one layer: imagined in a second or two.
-LEAST = ("model.channel_mult=[1]", "model.attention_levels=[true]", "text.text_trainable=false", "batch_size=4")
+# An image model of one level: imagined in two seconds.
+LEAST = (
+    "model.model_type=spatial",
+    "model.channel_mult=[1]",
+    "model.attention_levels=[true]",
+    "text.text_trainable=false",
+    "batch_size=4",
+)
 SMALL = ("data.min_frames=8", "data.max_frames=8", "model.unet_dim=32")
 LARGER = (
     "data.min_frames=8",

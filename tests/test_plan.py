@@ -23,8 +23,14 @@ from vdm.precompute import write_cache
 from vdm.training.loop import train
 
 TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"
-# One level and one layer: a footprint of it takes a second or two.
-LEAST = ("model.channel_mult=[1]", "model.attention_levels=[true]", "training.max_train_steps=3", "validation_steps=2")
+# An image model of one level: imagined in two seconds.
+LEAST = (
+    "model.model_type=spatial",
+    "model.channel_mult=[1]",
+    "model.attention_levels=[true]",
+    "training.max_train_steps=3",
+    "validation_steps=2",
+)
 PLENTY = Disk(checkpoint=1, kept=1, final=1, cache=None, free=10**12)
 NOTHING = Footprint(phases={}, parameters={}, trained={}, checkpoint={"unet": 10}, final=5, step_flops=0)
 

@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def _measured(planned: Config, *, cuda: bool) -> Footprint:
 def _planned(config: Config) -> Config:
     """The config with nothing that has to be there, and nothing that only takes time."""
     training = config.training
-    anywhere = {"root": None, "templates": (), "max_clips_per_template": None, "num_clips": None}
+    anywhere: dict[str, Any] = {"root": None, "templates": (), "max_clips_per_template": None, "num_clips": None}
     return replace(
         config,
         name="planned",
