@@ -118,7 +118,20 @@ def test_overrides_and_flags_may_be_mixed(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (train_command, ("config", "section.key=value", "--resume", "latest|PATH", "--plan", "--verify_resume")),
+        (
+            train_command,
+            (
+                "config",
+                "section.key=value",
+                "--resume",
+                "latest|PATH",
+                "--plan",
+                "--gpu",
+                "--mfu",
+                "--json",
+                "--verify_resume",
+            ),
+        ),
         (sample_command, [f"--{name} {value}" for name, value in SAMPLE_FLAGS.items()]),
         (sample_command, ("--num_inference_steps", "--num-inference-steps", "--output-dir", "results/samples")),
         (vdm_command, ("data", "evaluate", "convert", "report", "there yet")),
@@ -158,7 +171,7 @@ def test_help_and_refusals_do_not_wait_for_torch() -> None:
         "import sys\n"
         "from vdm.cli import main, run, sample_command, train_command\n"
         "sys.argv = ['sample.py', '--sampler', 'dpmpp']; assert run(sample_command) == 2\n"
-        "sys.argv = ['train.py', 'x.yaml', '--plan']; assert run(train_command) == 2\n"
+        "sys.argv = ['train.py', 'x.yaml', '--plan', '--mfu', '2']; assert run(train_command) == 2\n"
         "sys.argv = ['vdm', 'evaluate']; assert main() == 2\n"
         "sys.argv = ['sample.py', '--help']\n"
         "try:\n    run(sample_command)\nexcept SystemExit as leaving:\n    assert leaving.code in (None, 0)\n"

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from vdm.errors import Failure, UserError
 
+GPU_NAMES = ("A100", "H100", "H200", "4090", "3090")
+
 
 class Parser(argparse.ArgumentParser):
     """Flags in full, spelled with `_` or `-` alike; an unknown one is a sentence like any other bad input."""
@@ -67,13 +69,20 @@ def train_command(arguments: Sequence[str]) -> None:
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.flag("--resume", metavar="latest|PATH", help="go on from the run's newest valid checkpoint, or this one")
-    parser.flag("--plan", action="store_true", help="not there yet")
+    parser.flag("--plan", action="store_true", help="print what the run would take, and train nothing")
+    parser.flag("--gpu", choices=GPU_NAMES, help="with --plan: for this GPU, and what to change if it does not fit")
+    parser.flag("--mfu", type=float, metavar="F", help="with --plan: share of the GPU's peak in use (default 0.4)")
+    parser.flag("--json", type=Path, metavar="FILE", help="with --plan: write it there too")
     parser.flag(
         "--verify_resume", action="store_true", help="train a few steps with and without a restart, and compare"
     )
     options = parser.parse_intermixed_args(arguments)
     if options.plan:
-        raise UserError("train.py --plan is not there yet; leave it out")
+        _plan_command(options)
+        return
+    for name in ("gpu", "mfu", "json"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for --plan; give that too, or leave it out")
     if options.verify_resume and options.resume is not None:
         raise UserError("--verify_resume trains from the start, in folders of its own; leave --resume out")
     from vdm.config import load  # after parsing: --help answers at once
@@ -85,6 +94,28 @@ def train_command(arguments: Sequence[str]) -> None:
         verify_resume(config)
     else:
         train(config, resume=options.resume)
+
+
+def _plan_command(options: argparse.Namespace) -> None:
+    if options.resume is not None or options.verify_resume:
+        raise UserError("--plan trains nothing; leave --resume and --verify_resume out")
+    mfu = 0.4 if options.mfu is None else options.mfu
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu must be above 0 and at most 1, got {mfu}")
+
+    from vdm.advice import make_plan
+    from vdm.config import load
+    from vdm.files import replacing
+    from vdm.plan import as_json
+    from vdm.plan_table import table
+
+    config = load(options.config, options.overrides)
+    names = GPU_NAMES if options.gpu is None else (options.gpu,)
+    plan = make_plan(config, names=names, mfu=mfu, advise=options.gpu is not None)
+    if options.json is not None:
+        with replacing(options.json) as file:
+            file.write_text(json.dumps(as_json(plan, names), indent=1) + "\n", encoding="utf-8")
+    print(table(plan, names))
 
 
 def sample_command(arguments: Sequence[str]) -> None:

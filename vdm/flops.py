@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vdm.config import Config
 from vdm.models import UNet3D, UNetConfig, VideoVAE
+from vdm.text.encoder import TextEncoder
 
 
 def count(call: Callable[[], object]) -> int:
@@ -41,3 +42,21 @@ def vae_encode(config: Config, *, num_frames: int) -> int:
         vae = VideoVAE(config.vae)
         video = torch.empty(1, 3, num_frames, config.data.height, config.data.width)
         return count(lambda: vae.encode(video))
+
+
+@cache
+def vae_decode(config: Config, *, num_frames: int) -> int:
+    """Of the VAE's decoder on one clip."""
+    with torch.device("meta"):
+        vae = VideoVAE(config.vae)
+        size = (config.data.height // config.vae.factor, config.data.width // config.vae.factor)
+        return count(lambda: vae.decode(torch.empty(1, config.vae.latent_channels, num_frames, *size)))
+
+
+@cache
+def text_forward(config: Config) -> int:
+    """Of the text tower on one caption."""
+    with torch.device("meta"):
+        text = TextEncoder(config.text)
+        tokens = torch.zeros(1, config.text.context_length, dtype=torch.long)
+        return count(lambda: text.tower(tokens))

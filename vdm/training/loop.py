@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from vdm import checkpoint, dist
@@ -14,6 +14,7 @@ from vdm.data.loader import Batch
 from vdm.errors import CannotWrite
 from vdm.training.diagnostics import alarms, losses_of, summary
 from vdm.training.environment import record_start
+from vdm.training.rehearsal import Rehearsal
 from vdm.training.resuming import as_resumed, starting_point
 from vdm.training.runlog import NoLog, RunLog
 from vdm.training.signals import StopRequest
@@ -59,6 +60,7 @@ class Loop:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.settings, self.run_dir = trainer, trainer.settings, trainer.run_dir
+        self.rehearsal = Rehearsal(trainer)
 
     def run(self) -> Path:
         """Train to the first of the limits, or as long as nobody wants it to stop.
@@ -75,7 +77,9 @@ class Loop:
             module.train()
         try:
             with StopRequest() as stop:
-                ended = self._steps(stream, log, stop, until=min(most, self.settings.stop_after_steps or most))
+                until = min(most, self.settings.stop_after_steps or most)
+                self.rehearsal.look(log, stop, until=until)
+                ended = self._steps(stream, log, stop, until=until)
             done = self.trainer.finish() if ended else self._pause()
         finally:
             stream.close()  # stops the data workers now, not when the garbage is collected
@@ -101,8 +105,10 @@ class Loop:
             self.trainer.settle(wait=False)
             batches = [next(stream) for _ in range(settings.gradient_accumulation_steps)]
             waited = time.perf_counter() - began
-            values = self.trainer.train_step(batches)
+            with self.rehearsal.part("the first step"):
+                values = self.trainer.train_step(batches)
             window.add(values, batches, waited=waited, seconds=time.perf_counter() - began)
+            self.rehearsal.save(stop)
             log.advance(values["loss"])
             last = self.trainer.ended()
             held_out = self._look(last)
@@ -142,8 +148,7 @@ class Loop:
 
     def _preview(self, folder: Path) -> dict[str, float]:
         try:
-            with closing(self.trainer.held_out_batches(batch_size=min(8, len(self.trainer.held_out)))) as stream:
-                values = self.trainer.task.preview(folder, next(stream))
+            values = self.trainer.preview(folder)
         except CannotWrite as error:
             self.trainer.say(f"warning: {error}; the run goes on without this preview")
             return {}

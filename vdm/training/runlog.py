@@ -22,11 +22,14 @@ class RunLog:
         self.path = run_dir / "log.jsonl"
         self._forget_after(first_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step and first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, desc=run_dir.name, file=sys.stderr, dynamic_ncols=True)
 
     def _forget_after(self, step: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint that is resumed, and a line cut short."""
+        """Drop what an interrupted run logged after the checkpoint that is resumed, and a line cut short.
+
+        Step 0 is what a run says before it starts: a fresh one says it again.
+        """
         if not self.path.exists():
             return
         kept = []
@@ -35,7 +38,7 @@ class RunLog:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["step"] <= step:
+            if record["step"] <= step and step > 0:
                 kept.append(line + "\n")
         self.path.write_text("".join(kept), encoding="utf-8")
 

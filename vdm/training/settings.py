@@ -65,6 +65,7 @@ class TrainingConfig:
     colour_weight: float = 0.0  # task "vae": weight of the error of the colour alone, without its grey
     edge_weight: float = 0.0  # task "vae": weight of the error of the image gradients, which keeps edges sharp
 
+    rehearsal: bool = True  # before the long loop validate, preview, take the first step and save, all at full size
     log_steps: int = 10
     checkpointing_steps: int = 5000
     keep_checkpoints: int | None = None  # null keeps all, else the newest so many, and

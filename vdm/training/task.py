@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vdm import dist
 from vdm.components import Components, build_text_encoder, build_unet, build_vae, with_sources
 from vdm.config import Config
+from vdm.data.cache import Cache
 from vdm.data.dataset import ClipDataset
 from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
@@ -83,11 +84,18 @@ class Task(ABC):
         return {name: value.expand(len(batch.ids)) for name, value in self.losses(batch, training=False).items()}
 
     @abstractmethod
-    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
-        """Write what the model does now as clips and a contact sheet; `batch` holds validation clips.
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
+        """What the model does now with validation clips: clips (B,3,T,H,W) in [-1,1], captions, frames per second."""
 
-        Returns numbers of the clips, to be logged.
-        """
+    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
+        """Write what is `shown` as clips and a contact sheet; returns numbers of the clips, to be logged."""
+        video, captions, fps = self.shown(batch)
+        write_preview(folder, video, captions=captions, fps=fps)
+        return self.measured(video, batch)
+
+    def measured(self, video: Tensor, batch: Batch) -> dict[str, float]:
+        """Numbers of what was shown."""
+        return {}
 
 
 class LatentTask(Task):
@@ -96,8 +104,8 @@ class LatentTask(Task):
     From a cache on disk it reads them, and there is no VAE, nor a frozen text tower, but for previews and checkpoints.
     """
 
-    def __init__(self, config: Config, device: torch.device):
-        self.cache = open_cache(config)
+    def __init__(self, config: Config, device: torch.device, *, cache: Cache | None = None):
+        self.cache = cache or open_cache(config)
         super().__init__(config, device)
 
     def whole(self) -> dict[str, nn.Module]:
@@ -204,19 +212,17 @@ class UNetTask(LatentTask):
             differs=[other != right for other, right in zip(wrong, batch.captions, strict=False)],
         )
 
-    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
-        """Clips for the configured prompts, or the captions of `batch`; clip i always starts from the same noise.
-
-        Returns how much they move, and how much the clips of `batch` do, both as the VAE decodes them.
-        """
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
+        """Clips for the configured prompts, or the captions of `batch`; clip i always starts from the same noise."""
         prompts = list(self.config.training.preview_prompts) or batch.captions
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        parts = self.parts
+        video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
+        return video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps
+
+    def measured(self, video: Tensor, batch: Batch) -> dict[str, float]:
+        """How much the clips shown move, and how much those of `batch` do, both as the VAE decodes them."""
         if self.data_motion is None:  # of clips that are the same at every preview
-            self.data_motion = _motion_as_decoded(parts.vae, self._posterior(batch).mode())
-        video = TextToVideo(self.config, parts)(prompts, generator=generators, output_type="pt").frames
-        video = video.transpose(1, 2) * 2.0 - 1.0
-        write_preview(folder, video, captions=prompts, fps=self.config.sampling.sampling_fps)
+            self.data_motion = _motion_as_decoded(self.part("vae"), self._posterior(batch).mode())
         ours, theirs = float(motion_energy(video).mean()), self.data_motion
         return {"preview_motion": ours, "data_motion": theirs} | ({"motion_ratio": ours / theirs} if theirs else {})
 
@@ -254,13 +260,12 @@ class TextTask(LatentTask):
         }
 
     @torch.no_grad()
-    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
         """Every clip under the caption of the batch that fits it best."""
         latents = self._posterior(batch).mode()
         best = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0]).argmax(dim=1)
         captions = [batch.captions[i] for i in best.tolist()]
-        write_preview(folder, self.part("vae").decode(latents), captions=captions, fps=self.config.data.fps)
-        return {}
+        return self.part("vae").decode(latents), captions, self.config.data.fps
 
 
 class VAETask(Task):
@@ -302,14 +307,13 @@ class VAETask(Task):
         }
 
     @torch.no_grad()
-    def preview(self, folder: Path, batch: Batch) -> dict[str, float]:
+    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
         """Every validation clip above its reconstruction."""
         video = _pixels(batch, self.device)
         decoded = self.vae.decode(self.vae.encode(video).mode())
         pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
         names = [name for caption in batch.captions for name in (caption, "reconstructed")]
-        write_preview(folder, pairs, captions=names, fps=self.config.data.fps)
-        return {}
+        return pairs, names, self.config.data.fps
 
 
 def _pixels(batch: Batch, device: torch.device) -> Tensor:
@@ -323,23 +327,31 @@ def _motion_as_decoded(vae: VideoVAE, latents: Tensor) -> float:
     return float(torch.cat([motion_energy(vae.decode(one[None])) for one in latents]).mean())
 
 
-def warn_of_random_parts(config: Config) -> None:
-    """Name the parts that a new run would never train and that no weights are given for."""
+def random_parts(config: Config) -> list[str]:
+    """The keys that name no weights for parts which a new run would never train."""
     frozen: dict[str, str | None] = {}
     if config.training.task != "vae":
         frozen["vae.vae_weights"] = config.vae.vae_weights
     if reads_text(config):
         frozen["text.text_weights"] = config.text.text_weights
-    for key, weights in frozen.items():
-        if weights is None:
-            print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
+    return [key for key, weights in frozen.items() if weights is None]
+
+
+def warn_of_random_parts(config: Config) -> None:
+    """Name them."""
+    for key in random_parts(config):
+        print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
 
 
 TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask, "text": TextTask}
 
 
-def build_task(config: Config, device: torch.device) -> Task:
-    """The task that `training.task` names. Raises `UserError` where the device cannot do the precision asked for."""
+def build_task(config: Config, device: torch.device, *, cache: Cache | None = None) -> Task:
+    """The task that `training.task` names, with `cache` in place of the one in `data.cache_dir`, where it is given.
+
+    Raises `UserError` where the device cannot do the precision asked for.
+    """
     if config.training.mixed_precision == "fp16" and device.type != "cuda":
         raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
-    return TASKS[config.training.task](config, device)
+    kind = TASKS[config.training.task]
+    return kind(config, device) if cache is None else kind(config, device, cache=cache)  # type: ignore[call-arg]

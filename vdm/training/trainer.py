@@ -256,18 +256,31 @@ class Trainer:
                 tally.add(values)
         return tally.united().numbers()
 
+    def preview(self, folder: Path) -> dict[str, float]:
+        """Write what the model makes now, of some validation clips or the configured prompts; returns numbers of it."""
+        with closing(self.held_out_batches(batch_size=min(8, len(self.held_out)))) as stream:
+            return self.task.preview(folder, next(stream))
+
     def save(self, *, must: bool = False) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs.
 
         A disk that is full costs the checkpoint, and the run only when it stays so, or `must` is said: CannotWrite.
         """
         self.settle(wait=True)
-        path = self.run_dir / f"checkpoint-{self.step}"
+        self._begin(self.run_dir / f"checkpoint-{self.step}")
+        self.faults.went_back &= self.faults.in_a_row > 0
+        self.settle(wait=must or not self.writer.in_background, must=must)
+
+    def write(self, path: Path) -> None:
+        """Write all that belongs in a checkpoint to `path`, and change nothing else. Raises CannotWrite."""
+        self.settle(wait=True)
+        self._begin(path)
+        self.writer.written(wait=True)
+
+    def _begin(self, path: Path) -> None:
         seconds = round(self.clock.seconds(), 3)
         info = {"step": self.step, "task": self.settings.task, "seconds": seconds, **self.validated}
         self.writer.start(path, to_yaml(self.config), all_weights(self), training_state(self), info)
-        self.faults.went_back &= self.faults.in_a_row > 0
-        self.settle(wait=must or not self.writer.in_background, must=must)
 
     def settle(self, *, wait: bool, must: bool = False) -> None:
         """See to a checkpoint that is being written, if it is there by now, or once it is."""

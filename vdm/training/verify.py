@@ -52,6 +52,7 @@ def _run(config: Config, run_dir: Path, *, stop: int) -> Config:
         keep_checkpoints=None,
         validation_steps=0,
         preview_steps=0,
+        rehearsal=False,
     )
     return replace(config, run_dir=str(run_dir), training=training)
 
