@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vdm import checkpoint
-from vdm.components import load_part, with_sources, without_sources
+from vdm.components import with_sources, without_sources
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch
 from vdm.errors import CannotWrite, UserError
@@ -41,8 +41,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         if start is not None:
             trainer.restore(start)
         elif config.training.init_from is not None:
-            for part, module in task.trained().items():
-                load_part(module, Path(config.training.init_from), part)
+            task.start_from(Path(config.training.init_from))
             trainer.ema = EMA(task.trained(), decay=config.training.ema_decay)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         return Loop(trainer).run()
@@ -66,6 +65,8 @@ def _start(run_dir: Path, resume: str | None) -> Path | None:
 
 def _from_checkpoint(config: Config, start: Path) -> Config:
     """The config to build a resumed task from: what its parts were first made from is history."""
+    if config.training.lora_rank is not None:
+        return config  # of which a checkpoint holds no more than the change
     return with_sources(config, start) if config.data.cache_dir is not None else without_sources(config)
 
 

@@ -108,6 +108,7 @@ class TrainingConfig:
         if isinstance(self.gradient_checkpointing, bool):  # the reference's spelling
             object.__setattr__(self, "gradient_checkpointing", "block" if self.gradient_checkpointing else "none")
         self._check_effective_batch_size()
+        self._check_lora()
 
     def _require(
         self,
@@ -135,4 +136,19 @@ class TrainingConfig:
                 f"training.effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x num_gpus {processes} is {actual}; "
                 "correct one of them or leave effective_batch_size out"
+            )
+
+    def _check_lora(self) -> None:
+        """A LoRA is of something, and what is said of one is said where there is one."""
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise UserError("training.lora_alpha is the strength of a LoRA; set training.lora_rank too, or neither")
+        if self.lora_rank is None:
+            return
+        if self.task != "unet":
+            raise UserError(
+                f"training.lora_rank is of the UNet, and training.task is {self.task}; leave one of them out"
+            )
+        if self.init_from is None:
+            raise UserError(
+                "training.lora_rank trains a change of a model, and a random one is none; set training.init_from"
             )

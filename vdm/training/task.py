@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdm.components import Components, build_text_encoder, build_unet, build_vae, with_sources
+from vdm.components import Components, build_text_encoder, build_unet, build_vae, load_part, save_parts, with_sources
 from vdm.config import Config
 from vdm.data.dataset import ClipDataset
 from vdm.data.latents import CachedLatents, KeptLatents
@@ -64,6 +64,31 @@ class Task(ABC):
     def whole(self) -> dict[str, nn.Module]:
         """All parts of the model, those too that training does without; the latter made for the moment, on the CPU."""
         return self.modules
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Those of `modules` that a checkpoint holds; all others are made anew from the config."""
+        return self.modules
+
+    def differentiated(self) -> dict[str, nn.Module]:
+        """Those of `modules` that gradients pass through."""
+        return self.trained()
+
+    def identity(self) -> dict[str, object]:
+        """What a run must have in common with a checkpoint to go on from it, besides its config: JSON by name."""
+        return {}
+
+    def notes(self) -> dict[str, str]:
+        """Text files that stand in every checkpoint."""
+        return {}
+
+    def start_from(self, path: Path) -> None:
+        """Fill the parts that learn from the model folder `path`."""
+        for part, module in self.trained().items():
+            load_part(module, path, part)
+
+    def write_final(self, path: Path, info: Mapping[str, object]) -> None:
+        """Write the finished model as it is now."""
+        save_parts(path, self.config, self.whole(), info=info)
 
     def came_from(self, path: Path) -> None:
         """Parts that training does without are henceforth made from the checkpoint `path`."""
@@ -312,4 +337,8 @@ def build_task(config: Config, device: torch.device) -> Task:
     """The task that `training.task` names. Raises `UserError` where the device cannot do the precision asked for."""
     if config.training.mixed_precision == "fp16" and device.type != "cuda":
         raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
+    if config.training.lora_rank is not None:
+        from vdm.training.lora import LoRATask  # which is made of what is above
+
+        return LoRATask(config, device)
     return TASKS[config.training.task](config, device)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vdm import checkpoint
-from vdm.components import save_parts
 from vdm.config import Config, load, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
@@ -47,7 +46,7 @@ class Trainer:
         self.validated: dict[str, float] = {}  # the losses of the last validation
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
         if self.settings.gradient_checkpointing != "none":
-            for module in self.trained.values():
+            for module in task.differentiated().values():
                 checkpoint_activations(module)
 
     def train_batches(self) -> Generator[Batch, None, None]:
@@ -174,7 +173,8 @@ class Trainer:
                 "ema_updates": self.ema.num_updates,
                 "faults": asdict(self.faults),
             },
-            info={"step": self.step, "task": self.settings.task, **self.validated},
+            info={"step": self.step, "task": self.settings.task, **self.task.identity(), **self.validated},
+            notes=self.task.notes(),
         )
         self.faults.went_back &= self.faults.in_a_row > 0
         self.task.came_from(path)
@@ -191,7 +191,11 @@ class Trainer:
             raise UserError(f"{path} is of a run with training.task={info.get('task')}, not {self.settings.task}")
         learned = {part.removesuffix(".ema") for part in manifest.parts if part.endswith(".ema")}
         if learned and learned != set(self.trained):
-            raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; set text.text_trainable so")
+            remedy = "set text.text_trainable and training.lora_rank so"
+            raise UserError(f"{path} is of a run that trained {', '.join(sorted(learned))}; {remedy}")
+        for name, ours in self.task.identity().items():
+            if info.get(name) != ours:
+                raise UserError(f"{path} is of a run with {name} {info.get(name)}, not {ours}; resume it with that")
         theirs = load(path / checkpoint.CONFIG).training.optimizer
         if theirs != self.settings.optimizer:
             raise UserError(f"{path} is of a run with training.optimizer={theirs}; resume it with that")
@@ -205,7 +209,7 @@ class Trainer:
         """Take weights, optimizer, scaler and averages from a checkpoint; returns its trainer state."""
         state = checkpoint.load_trainer_state(path)
         # Frozen parts too: what they were first made from may have changed, or be gone.
-        for part, module in self.task.modules.items():
+        for part, module in self.task.saved().items():
             try:
                 module.load_state_dict(checkpoint.load_weights(path, part))
             except RuntimeError as error:
@@ -223,5 +227,5 @@ class Trainer:
         """Write the finished model, with the averaged weights, to `final`."""
         final = self.run_dir / "final"
         with self.ema.applied():
-            save_parts(final, self.config, self.task.whole(), info={"step": self.step, "task": self.settings.task})
+            self.task.write_final(final, {"step": self.step, "task": self.settings.task})
         return final
