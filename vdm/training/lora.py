@@ -108,15 +108,18 @@ class LoRATask(UNetTask):
     The model that it is of is read from `training.init_from` at every start, its UNet kept as `training.weights_dtype`.
     """
 
+    def __init__(self, config: Config, device: torch.device):
+        assert config.training.init_from is not None
+        self.stored = open_model(config.training.init_from)
+        _require_same(config, self.stored)  # before anything that takes time
+        super().__init__(config, device)
+
     def build(self) -> dict[str, nn.Module]:
         training = self.config.training
-        assert training.init_from is not None and training.lora_rank is not None
-        stored = open_model(training.init_from)
-        _require_same(self.config, stored)
         modules = super().build()
         unet = modules["unet"]
-        assert isinstance(unet, UNet3D)
-        fill_part(unet, stored, "unet")
+        assert isinstance(unet, UNet3D) and training.lora_rank is not None
+        fill_part(unet, self.stored, "unet")
         self.base = sample_of(unet)
         unet.to(torch.bfloat16 if training.weights_dtype == "bf16" else torch.float32)
         self.rank, self.alpha = training.lora_rank, training.lora_alpha or float(training.lora_rank)
