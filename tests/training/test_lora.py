@@ -100,7 +100,7 @@ def dense(unet: UNet3D, lora: LoRA, strength: float) -> UNet3D:
 # ---- against dense matrices
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(rank=st.integers(1, 20), alpha=st.floats(0.01, 100.0))
 def test_every_projection_has_the_dense_change(rank: int, alpha: float) -> None:
     unet, lora = adapted(rank=rank, alpha=alpha)
@@ -206,12 +206,15 @@ def test_the_unet_follows_the_mode_of_its_lora() -> None:
 
 @pytest.mark.slow
 def test_a_layer_with_a_lora_is_one_graph_to_the_compiler() -> None:
-    unet, _ = adapted()
+    unet, lora = adapted()
     want = run(unet)
-    for module in unet.modules():
-        if type(module).__name__ == "UNetLayer":
-            module.compile(backend="aot_eager", fullgraph=True)
+    for block in unet.encoder[:1]:
+        block.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(run(unet), want)
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(run(unet), run(network()))  # the graph has the factors as they are, not as they were
 
 
 # ---- runs
@@ -260,25 +263,23 @@ def test_a_step_changes_the_lora_and_nothing_else(base: Path, tmp_path: Path) ->
     assert set(trainer.trained) == {"lora"}
     before = copy.deepcopy({part: module.state_dict() for part, module in trainer.task.modules.items()})
     assert set(before) == {"unet", "vae", "text", "lora"}
-    for _ in range(2):
-        step(trainer)
+    first = step(trainer)["loss"]
+    step(trainer)
     for part, module in trainer.task.modules.items():
         same = [torch.equal(tensor, before[part][name]) for name, tensor in module.state_dict().items()]
         assert all(same) is (part != "lora"), part
         assert part == "lora" or all(p.grad is None and not p.requires_grad for p in module.parameters())
     owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in trainer.task.modules["lora"].parameters()}
-
-
-def test_the_first_loss_is_that_of_the_model_itself(base: Path, tmp_path: Path) -> None:
-    """The same clips, noise and dropout, and no change yet."""
+    # At first it is the model itself: the same clips, noise and dropout.
     whole = load(TINY, [f"run_dir={tmp_path}", "text.text_trainable=false", *MODEL, f"vae.vae_weights={base}",
                         f"text.text_weights={base}"])  # fmt: skip
     plain = trainer_of(whole)
     load_part(plain.task.modules["unet"], base, "unet")
-    assert step(plain)["loss"] == step(trainer_of(tiny(base, tmp_path)))["loss"]
+    assert step(plain)["loss"] == first
 
 
+@pytest.mark.slow
 def test_alpha_is_the_rank_where_none_is_given(base: Path, tmp_path: Path) -> None:
     second = []
     for alpha in ("null", "3.0", "6.0"):
@@ -291,15 +292,15 @@ def test_alpha_is_the_rank_where_none_is_given(base: Path, tmp_path: Path) -> No
 
 def test_the_model_may_be_kept_in_bfloat16_and_the_lora_is_not(base: Path, tmp_path: Path) -> None:
     losses = {}
-    for dtype, precision in (("fp32", "no"), ("bf16", "bf16"), ("bf16", "no")):
+    for dtype, precision in (("fp32", "no"), ("bf16", "bf16")):
         more = (f"training.weights_dtype={dtype}", f"training.mixed_precision={precision}")
         trainer = trainer_of(tiny(base, tmp_path, *more, "training.gradient_checkpointing=block"))
         losses[dtype, precision] = step(trainer)["loss"]
         dtypes = {part: {p.dtype for p in module.parameters()} for part, module in trainer.task.modules.items()}
         assert dtypes["unet"] == {torch.bfloat16 if dtype == "bf16" else torch.float32}
         assert dtypes["lora"] == dtypes["vae"] == dtypes["text"] == {torch.float32}
-    exact, *rounded = losses.values()
-    assert all(loss != exact and loss == pytest.approx(exact, rel=0.02) for loss in rounded)
+    exact, rounded = losses.values()
+    assert exact != rounded == pytest.approx(exact, rel=0.02)
 
 
 def test_what_a_run_saves(finished: Path, base: Path) -> None:
@@ -339,7 +340,7 @@ def test_the_merged_model_makes_the_clips_of_the_trained_one(finished: Path, bas
         task.preview(tmp_path / "shown", next(trainer.held_out_batches(1)))
     assert (tmp_path / "shown" / "00.mp4").is_file()
     plain = clips(TextToVideo.from_pretrained(base))
-    for folder in (finished / "final", finished / "checkpoint-4", finished / "final" / "adapter_model.safetensors"):
+    for folder in (finished / "final", finished / "checkpoint-4"):
         pipe = TextToVideo.from_pretrained(base)
         assert pipe.load_lora(folder) == 72
         assert (clips(pipe) - trained).abs().max() < 1e-5
@@ -354,6 +355,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished: Path, base: Path, tmp_
         assert list(differences(tmp_path / name, finished / name)) == []
 
 
+@pytest.mark.slow
 def test_the_model_may_come_in_another_layout(finished: Path, base: Path, tmp_path: Path) -> None:
     """The run goes on with the same model as a diffusers folder."""
     convert(base, tmp_path / "theirs", to="diffusers", say=lambda line: None)
@@ -362,11 +364,11 @@ def test_the_model_may_come_in_another_layout(finished: Path, base: Path, tmp_pa
     assert list(differences(tmp_path / "final", finished / "final")) == []
 
 
-def test_the_hash_of_a_model_notices_every_weight() -> None:
+def test_the_hash_of_a_model_notices_other_weights() -> None:
     unet = network()
     first = sample_of(unet)
     assert first == sample_of(network()) and len(first) == 16
-    for name, parameter in unet.named_parameters():
+    for name, parameter in list(unet.named_parameters())[::20]:
         kept = parameter.detach().clone()
         parameter.data[..., :] += 1e-3
         assert sample_of(unet) != first, name
@@ -421,10 +423,8 @@ def test_a_checkpoint_of_another_run_is_refused(finished: Path, base: Path, tmp_
         with pytest.raises(UserError, match=sentence) as caught:
             train(config, resume=checkpoint)
         assert "\n" not in str(caught.value)
-    whole = tmp_path / "whole"
-    train(load(TINY, [f"run_dir={whole}", "max_train_steps=1", "training.validation_steps=0"]))
     with pytest.raises(UserError, match="of a run that trained text, unet; set text.text_trainable and training.lora"):
-        train(tiny(base, tmp_path), resume=str(whole / "checkpoint-1"))
+        train(tiny(base, tmp_path), resume=str(base.parent / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("name", ["final", "checkpoint-4"])
@@ -457,9 +457,9 @@ def test_the_config_for_a_small_card_has_the_numbers_of_its_comments() -> None:
 
 
 @pytest.mark.slow
-def test_from_training_to_clips_by_commands(base: Path, tmp_path: Path, shell: Command) -> None:
+def test_from_training_to_clips_by_commands(base: Path, tmp_path: Path, shell: Command, command: Command) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert shell("train.py", TINY, *overrides_of(base, whole)).code == 0
+    train(tiny(base, whole))
     stopped = shell("train.py", TINY, *overrides_of(base, halves, "training.stop_after_steps=2"))
     assert stopped.code == 0 and "--resume latest goes on" in stopped.out
     resumed = shell("train.py", TINY, *overrides_of(base, halves), "--resume", "latest")
@@ -472,12 +472,12 @@ def test_from_training_to_clips_by_commands(base: Path, tmp_path: Path, shell: C
     sample = ("sample.py", "--prompt", "ball", "--checkpoint", base, "--output_dir")
     with_it = shell(*sample, tmp_path / "with", "--lora_path", halves / "final")
     assert with_it.code == 0 and "merged a LoRA of 72 layers" in with_it.out
-    assert shell(*sample, tmp_path / "none", "--lora_path", halves / "final", "--lora_scale", "0").code == 0
-    assert shell(*sample, tmp_path / "without").code == 0
+    assert command(*sample, tmp_path / "none", "--lora_path", halves / "final", "--lora_scale", "0").code == 0
+    assert command(*sample, tmp_path / "without").code == 0
     clips = {name: (tmp_path / name / "00000-ball.mp4").read_bytes() for name in ("with", "none", "without")}
     assert clips["none"] == clips["without"] != clips["with"]
-    proof = shell("train.py", TINY, *overrides_of(base, tmp_path / "proof", "training.weights_dtype=bf16",
-                                                  "training.mixed_precision=bf16"), "--verify_resume")  # fmt: skip
+    low = ("training.weights_dtype=bf16", "training.gradient_checkpointing=block", "training.max_train_steps=2")
+    proof = command("train.py", TINY, *overrides_of(base, tmp_path / "proof", *low), "--verify_resume")
     assert proof.code == 0 and "bit for bit" in proof.out, proof
 
 
