@@ -26,10 +26,11 @@ from vdm.errors import UserError
 from vdm.models import UNet3D
 from vdm.pipeline import TextToVideo
 from vdm.training.groups import choose_what_learns
+from vdm.training.kinds import build_task
 from vdm.training.limits import Limits
 from vdm.training.loop import train
 from vdm.training.optim import build_optimizer, learning_rate
-from vdm.training.task import UNetTask, build_task
+from vdm.training.task import UNetTask
 from vdm.training.trainer import Trainer
 
 TESTS = Path(__file__).parent

@@ -13,7 +13,7 @@ from vdm import flops
 from vdm.config import Config, load
 from vdm.footprint import footprint
 from vdm.memory import OTHER, imagined
-from vdm.training.task import build_task
+from vdm.training.kinds import build_task
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"

@@ -12,7 +12,7 @@ from vdm.config import Config
 from vdm.errors import UserError
 from vdm.footprint import footprint
 from vdm.plan import Disk, Plan, disk_of, fits, work_of
-from vdm.training.task import random_parts
+from vdm.training.kinds import random_parts
 
 Change = tuple[str, Callable[[Config], Config | None]]  # its spelling, and what it makes of a config it applies to
 
@@ -62,7 +62,8 @@ def _halve(config: Config) -> Config | None:
 
 def _low_rank(config: Config) -> Config | None:
     wanted = config.training.task == "unet" and config.training.lora_rank is None
-    return _training(lora_rank=16)(config) if wanted else None
+    base = config.training.init_from or "MODEL"  # which is not looked at
+    return _training(lora_rank=16, init_from=base)(config) if wanted else None
 
 
 # In the order of what they cost: nothing, time, a little of the result.

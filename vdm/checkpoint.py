@@ -28,6 +28,7 @@ from vdm.weights import SUFFIX, Weights, open_weights, sha256, write_pickle, wri
 
 FORMAT_VERSION = 1
 CONFIG, MANIFEST, TRAINER = "config.yaml", "manifest.json", "trainer.pt"
+ADAPTER = "adapter_config.json"  # PEFT's, in the checkpoints of a LoRA
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,21 @@ def save_checkpoint(
     weights: Mapping[str, Mapping[str, Tensor]],
     trainer_state: Mapping[str, Any] | None = None,
     info: Mapping[str, Any],
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write the folder `path` in one step; one that is there is replaced once the new one is complete.
 
     `weights` maps a part's name, such as "unet.ema", to its state dict, which may be read as it is written;
-    `trainer_state` holds tensors and plain values; `info` holds JSON values. Raises UserError if the disk refuses, and
-    then leaves what was there before.
+    `trainer_state` holds tensors and plain values; `info` holds JSON values; `notes` are further text files. Raises
+    UserError if the disk refuses, and then leaves what was there before.
     """
     with written_whole(path, replaces="checkpoint", may_replace=_holds_only_ours) as folder:
         for part, tensors in weights.items():
             write_safetensors(folder / f"{part}{SUFFIX}", tensors)
         if trainer_state is not None:
             write_pickle(folder / TRAINER, trainer_state)
-        (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+        for name, text in {**(notes or {}), CONFIG: config_yaml}.items():
+            (folder / name).write_text(text, encoding="utf-8")
         files = {file.name: _record(file) for file in sorted(folder.iterdir())}
         manifest = Manifest(FORMAT_VERSION, __version__, dict(info), files)
         (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
@@ -108,7 +111,7 @@ def written_whole(path: str | Path, *, replaces: str, may_replace: Callable[[Pat
 
 def _holds_only_ours(path: Path) -> bool:
     """Whether replacing `path` could destroy nothing but a checkpoint, be it half-written."""
-    ours = (CONFIG, MANIFEST, TRAINER)
+    ours = (CONFIG, MANIFEST, TRAINER, ADAPTER)
     return path.is_dir() and all(file.name in ours or SUFFIX in file.name for file in path.iterdir())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,25 @@ class Config:
             raise UserError(f"seed must be below 2**63, got {self.seed}")
         if not self.run_dir:
             object.__setattr__(self, "run_dir", f"runs/{self.name}")
+        self._complete_lora()
         self._check_networks()
         self._check_sizes()
         self._check_frames()
+
+    def _complete_lora(self) -> None:
+        """A LoRA is used with the model that it is of, and so is trained with all parts of that."""
+        base = self.training.init_from
+        if self.training.lora_rank is None or base is None:
+            return
+        if self.text.text_trainable:
+            raise UserError(
+                "training.lora_rank trains a change of the UNet alone; set text.text_trainable to false, or train the "
+                "model itself"
+            )
+        if self.vae.vae_weights is None:
+            object.__setattr__(self, "vae", replace(self.vae, vae_weights=base))
+        if self.text.text_weights is None:
+            object.__setattr__(self, "text", replace(self.text, text_weights=base))
 
     def _check_networks(self) -> None:
         if self.training.task != "unet":

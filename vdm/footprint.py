@@ -22,7 +22,10 @@ from vdm.data.loader import Batch
 from vdm.data.quarantine import Bad
 from vdm.data.sources import Words
 from vdm.memory import Ledger, imagined, tensors_in
-from vdm.training.task import Task, build_task
+from vdm.models import UNet3D
+from vdm.training.kinds import build_task
+from vdm.training.lora import LoRATask
+from vdm.training.task import Task, UNetTask
 from vdm.training.trainer import Trainer
 
 AVERAGES, GRADIENTS, OPTIMIZER = "averaged weights", "gradients", "optimizer"
@@ -54,7 +57,7 @@ def footprint(config: Config, *, cuda: bool = True) -> Footprint:
 
     Raises UserError where the run itself would, before its first step.
     """
-    measured = _measured(_planned(config), cuda=cuda)
+    measured = _measured(_planned(config), rank=config.training.lora_rank, cuda=cuda)
     if not config.training.ema_offload:
         return measured
     phases = {
@@ -65,10 +68,13 @@ def footprint(config: Config, *, cuda: bool = True) -> Footprint:
 
 
 @cache
-def _measured(planned: Config, *, cuda: bool) -> Footprint:
+def _measured(planned: Config, *, rank: int | None, cuda: bool) -> Footprint:
     with imagined(cuda=cuda) as ledger:
         stand_in = None if planned.data.cache_dir is None else _ImaginedCache(planned)
-        task = build_task(planned, torch.device("cpu"), cache=stand_in)
+        here = torch.device("cpu")
+        task = (
+            build_task(planned, here, cache=stand_in) if rank is None else _ImaginedLoRA(planned, here, stand_in, rank)
+        )
         return _Rehearsed(planned, task, ledger, cuda=cuda).measured()
 
 
@@ -88,6 +94,8 @@ def _planned(config: Config) -> Config:
             training,
             mixed_precision="bf16" if training.mixed_precision == "fp16" else training.mixed_precision,
             init_from=None,
+            lora_rank=None,  # which wants a model to be of
+            lora_alpha=None,
             compile=False,
             parallel="ddp",
             num_gpus=None,
@@ -112,6 +120,17 @@ class _ImaginedCache(Cache):
 
     def contexts(self, captions: Sequence[str]) -> Tensor:  # type: ignore[override]
         return torch.empty(len(captions), *self.shape, dtype=torch.float16)
+
+
+class _ImaginedLoRA(LoRATask):
+    """A LoRA of a model that nobody has to read."""
+
+    def __init__(self, config: Config, device: torch.device, cache: Cache | None, rank: int):
+        self.rank, self.alpha = rank, float(rank)
+        UNetTask.__init__(self, config, device, cache=cache)
+
+    def fill(self, unet: UNet3D) -> str:
+        return "imagined"
 
 
 class _ImaginedTrainer(Trainer):

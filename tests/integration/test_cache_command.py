@@ -22,8 +22,8 @@ from vdm.config import load
 from vdm.data.mini_something import write_ssv2
 from vdm.models import VideoVAE
 from vdm.text.encoder import TextEncoder
+from vdm.training.kinds import build_task
 from vdm.training.loop import train
-from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 Command = Callable[..., Any]

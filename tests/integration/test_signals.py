@@ -21,9 +21,9 @@ from vdm.checkpoint import latest, list_checkpoints, load_weights
 from vdm.config import load
 from vdm.data.mini_something import write_ssv2
 from vdm.errors import CannotWrite
+from vdm.training.kinds import build_task
 from vdm.training.loop import Loop, train
 from vdm.training.signals import SIGNALS, StopRequest
-from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,7 +34,8 @@ from vdm.training.diagnostics import (
 )
 from vdm.training.draws import FRAME_ORDER, HELD_OUT, NOISE, clip_generator
 from vdm.training.groups import group_of, is_temporal
-from vdm.training.task import UNetTask, build_task
+from vdm.training.kinds import build_task
+from vdm.training.task import UNetTask
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"

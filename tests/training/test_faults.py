@@ -17,8 +17,8 @@ from vdm.config import Config, load
 from vdm.data.latents import KeptLatents
 from vdm.data.loader import Batch
 from vdm.training.faults import find_culprits, mean_of_finite
+from vdm.training.kinds import build_task
 from vdm.training.loop import Loop, train
-from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -13,9 +13,9 @@ from vdm.config import Config, load
 from vdm.errors import UserError
 from vdm.models import UNet3D, UNetConfig, VAEConfig, VideoVAE
 from vdm.training.groups import choose_what_learns, is_temporal, optimizer_groups
+from vdm.training.kinds import build_task, warn_of_random_parts
 from vdm.training.loop import train
 from vdm.training.settings import TrainingConfig
-from vdm.training.task import build_task, warn_of_random_parts
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"

@@ -15,9 +15,9 @@ from vdm.checkpoint import list_checkpoints, load_weights, read_manifest
 from vdm.config import Config, load
 from vdm.models.dropout import clip_seeds
 from vdm.pipeline import TextToVideo
+from vdm.training.kinds import build_task
 from vdm.training.loop import train
 from vdm.training.optim import learning_rate
-from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -15,8 +15,9 @@ from vdm.data.loader import Batch
 from vdm.diffusion import NoiseSchedule
 from vdm.pipeline import TextToVideo
 from vdm.training.groups import is_temporal
+from vdm.training.kinds import build_task
 from vdm.training.loop import train
-from vdm.training.task import UNetTask, build_task
+from vdm.training.task import UNetTask
 from vdm.training.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"

@@ -16,7 +16,7 @@ from vdm.config import load
 from vdm.errors import CannotWrite
 from vdm.training import saving
 from vdm.training.loop import train
-from vdm.training.saving import Writer
+from vdm.training.saving import Contents, Writer
 from vdm.training.verify import differences
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"
@@ -35,7 +35,7 @@ class Disk:
 
 
 def start(writer: Writer, path: Path, weight: Tensor, state: Mapping[str, Any]) -> None:
-    writer.start(path, "name: x\n", {"unet": {"w": weight}}, state, {"step": 1})
+    writer.start(path, Contents("name: x\n", {"unet": {"w": weight}}, state, {"step": 1}))
 
 
 def test_what_is_written_is_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

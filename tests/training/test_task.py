@@ -15,17 +15,10 @@ from vdm.data.latents import KeptLatents
 from vdm.data.loader import Batch, batches
 from vdm.data.video import read_clip, to_float
 from vdm.errors import UserError
-from vdm.training.task import (
-    NOISE,
-    POSTERIOR,
-    Task,
-    TextTask,
-    UNetTask,
-    VAETask,
-    build_task,
-    clip_generator,
-    warn_of_random_parts,
-)
+from vdm.training.draws import NOISE, POSTERIOR, clip_generator
+from vdm.training.kinds import build_task, warn_of_random_parts
+from vdm.training.pretraining import TextTask, VAETask
+from vdm.training.task import Task, UNetTask
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny.yaml"
 CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdm.checkpoint import ADAPTER
 from vdm.errors import UserError
 from vdm.interop.links import Link
 from vdm.interop.model import making_sense_of, read_json
@@ -30,8 +31,8 @@ FILES = (
     "adapter_model.safetensors",
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
+    "lora.ema.safetensors",  # of a checkpoint of a run that trains one
 )
-ADAPTER_CONFIG = "adapter_config.json"
 # Parts, by what names of theirs begin with; PEFT's own files of one module do not say which it is.
 _PREFIXES = {
     "unet": ("base_model.model.unet.", "unet.", "lora_unet_", "base_model.model.", ""),
@@ -113,9 +114,21 @@ def _layers(module: nn.Module, part: str) -> dict[str, tuple[Link, int, nn.Modul
     }
 
 
-def _updates(file: Path, weights: Weights, layers: Mapping[str, Any]) -> dict[str, _Update]:
+def own_name(link: Link, index: int) -> str | None:
+    """What training calls the projection of attention that `link.theirs[index]` is: ours, with nothing packed.
+
+    Such as "encoder.0.spatial.block.attn1.to_q", or None for a layer that is no such projection.
+    """
+    kind = re.search(r"\.(to_(?:q|k|v|out))(?:\.0)?\.weight$", link.theirs[index])
+    return kind and f"{link.ours.rsplit('.', 2)[0]}.{kind[1]}"
+
+
+def _updates(file: Path, weights: Weights, layers: Mapping[str, tuple[Link, int, nn.Module]]) -> dict[str, _Update]:
     """The tensors of a file, by the layer of ours that they are of."""
     flat = {layer.replace(".", "_"): layer for layer in layers}  # Kohya's names
+    for layer, (link, index, _) in layers.items():
+        if own := own_name(link, index):
+            flat[f"unet {_with_index(own)}".replace(".", "_")] = layer
     updates: dict[str, _Update] = {}
     for name in weights:
         kind, layer = _kind(name)
@@ -139,12 +152,17 @@ def _layer(name: str, flat: Mapping[str, str]) -> str | None:
         for prefix in prefixes:
             if name.startswith(prefix):
                 rest = re.sub(r"\.processor\.(\w+)$", r".\1", name.removeprefix(prefix))
-                rest = re.sub(r"\.to_out$", ".to_out.0", rest)
+                rest = _with_index(rest)
                 # Text towers of transformers 5 have no prefix of their own.
                 for one in (rest, f"text_model.{rest}"):
                     if (found := flat.get(f"{part} {one}".replace(".", "_"))) is not None:
                         return found
     return None
+
+
+def _with_index(layer: str) -> str:
+    """to_out -> to_out.0, as diffusers has it."""
+    return re.sub(r"\.to_out$", ".to_out.0", layer)
 
 
 def _kind(name: str) -> tuple[str | None, str]:
@@ -177,7 +195,7 @@ def _factors(file: Path, weights: Weights, update: _Update, target: Tensor) -> t
 
 def _settings(file: Path) -> dict[str, Any]:
     """PEFT's settings: beside the file, or in its header where diffusers puts them, as "unet.lora_alpha"."""
-    beside = file.with_name(ADAPTER_CONFIG)
+    beside = file.with_name(ADAPTER)
     noted = json.loads(read_metadata(file).get("lora_adapter_metadata", "{}"))
     settings = {**(read_json(beside) if beside.is_file() else {}), **noted}
     for key, value in settings.items():

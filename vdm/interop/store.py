@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vdm.checkpoint import CONFIG, MANIFEST, checked_file, load_weights, read_manifest
+from vdm.checkpoint import ADAPTER, CONFIG, MANIFEST, checked_file, load_weights, read_manifest
 from vdm.config import Config, load
 from vdm.errors import UserError
 from vdm.interop.diffusers import open_diffusers
 from vdm.interop.diffusers_json import INDEX
 from vdm.interop.ldm import open_stable_diffusion
 from vdm.interop.links import NOTHING, Allowed
-from vdm.interop.model import PARTS, Part, StoredModel
+from vdm.interop.model import PARTS, Part, StoredModel, read_json
 from vdm.interop.modelscope import CONFIGURATION, open_modelscope
 from vdm.interop.names import text_tensors, unet_tensors, vae_tensors
 from vdm.text.encoder import unpack_vocabulary
@@ -46,6 +46,12 @@ def _open(path: Path, variant: str | None, allowed: Allowed) -> StoredModel:
         raise UserError(f"{path} is no diffusers folder, so it has no variant {variant}; leave it out")
     if (path / CONFIGURATION).is_file():
         return open_modelscope(path, allowed=allowed)
+    if (path / ADAPTER).is_file():
+        base = read_json(path / ADAPTER).get("base_model_name_or_path") or "BASE"
+        raise UserError(
+            f"{path} is a LoRA, not a whole model; give the model that it changes, and it besides: "
+            f"sample.py --checkpoint {base} --lora_path {path}"
+        )
     return _open_ours(path)
 
 

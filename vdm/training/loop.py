@@ -8,17 +8,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from vdm import checkpoint, dist
-from vdm.components import load_part
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch
 from vdm.errors import CannotWrite
 from vdm.training.diagnostics import alarms, losses_of, summary
 from vdm.training.environment import record_start
+from vdm.training.kinds import build_task, warn_of_random_parts
 from vdm.training.rehearsal import Rehearsal
 from vdm.training.resuming import as_resumed, starting_point
 from vdm.training.runlog import NoLog, RunLog
 from vdm.training.signals import StopRequest
-from vdm.training.task import build_task, warn_of_random_parts
 from vdm.training.throughput import Window
 from vdm.training.trainer import Trainer
 
@@ -39,8 +38,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         if start is not None:
             trainer.restore(start)
         elif config.training.init_from is not None:
-            for part, module in task.trained().items():
-                load_part(module, Path(config.training.init_from), part)
+            task.start_from(Path(config.training.init_from))
             trainer.ema = trainer.new_ema()
         if dist.is_main():
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

@@ -105,9 +105,12 @@ def _contiguous(parameters: Iterable[nn.Parameter]) -> None:
         parameter.data = parameter.data.contiguous()
 
 
-def parallelize(modules: Mapping[str, nn.Module], losses: Losses, settings: TrainingConfig) -> Replicas | Shards:
-    """Apply what the settings say to the modules that learn; `losses` computes a task's losses with them."""
-    for module in modules.values():
+def parallelize(
+    modules: Mapping[str, nn.Module], losses: Losses, settings: TrainingConfig, *, passed: Mapping[str, nn.Module]
+) -> Replicas | Shards:
+    """Apply what the settings say to the modules that learn, and to those that gradients pass through; `losses`
+    computes a task's losses with them."""
+    for module in passed.values():
         checkpoint_activations(module, how=settings.gradient_checkpointing)
         if settings.compile:
             for block in blocks(module):
@@ -136,7 +139,13 @@ def require_possible(settings: TrainingConfig, *, num_clips: int) -> None:
         )
     if there == 1 or settings.parallel == "ddp":
         return
-    whole = {"optimizer": "adamw", "optimizer_states": "fp32", "weights_dtype": "fp32", "ema_offload": False}
+    whole: dict[str, object] = {
+        "optimizer": "adamw",
+        "optimizer_states": "fp32",
+        "weights_dtype": "fp32",
+        "ema_offload": False,
+        "lora_rank": None,
+    }
     for name, only in whole.items():
         if getattr(settings, name) != only:
             raise UserError(

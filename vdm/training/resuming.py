@@ -49,6 +49,8 @@ def starting_point(run_dir: Path, resume: str | None) -> Path | None:
 
 def as_resumed(config: Config, start: Path) -> Config:
     """The config to build a resumed task from: what its parts were first made from is history."""
+    if config.training.lora_rank is not None:
+        return config  # of which a checkpoint holds no more than the change
     return with_sources(config, start) if config.data.cache_dir is not None else without_sources(config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,31 @@ from torch import Tensor
 from vdm import dist
 from vdm.checkpoint import save_checkpoint
 from vdm.errors import CannotWrite
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `save_checkpoint` writes; on other processes than the main one the tensors may be None."""
+
+    config_yaml: str
+    weights: Mapping[str, Mapping[str, Tensor]]
+    trainer_state: Mapping[str, Any]
+    info: Mapping[str, Any]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def copied(self) -> Contents:
+        """The same with tensors that no step changes."""
+        return replace(self, weights=copied(self.weights), trainer_state=copied(self.trainer_state))
+
+    def write(self, path: Path) -> None:
+        save_checkpoint(
+            path,
+            config_yaml=self.config_yaml,
+            weights=self.weights,
+            trainer_state=self.trainer_state,
+            info=self.info,
+            notes=self.notes,
+        )
 
 
 class Writer:
@@ -23,26 +49,12 @@ class Writer:
         self._path: Path | None = None
         self._job: Future[None] | None = None
 
-    def start(
-        self,
-        path: Path,
-        config_yaml: str,
-        weights: Mapping[str, Mapping[str, Tensor]],
-        trainer_state: Mapping[str, Any],
-        info: Mapping[str, Any],
-    ) -> None:
+    def start(self, path: Path, contents: Contents) -> None:
         """Begin to write, as `save_checkpoint` does; `written` says when it is done."""
         assert self._path is None, "one at a time"
         self._path = path
-        if not dist.is_main():
-            return
-        if self.in_background:
-            weights, trainer_state = copied(weights), copied(trainer_state)
-
-        def write() -> None:
-            save_checkpoint(path, config_yaml=config_yaml, weights=weights, trainer_state=trainer_state, info=info)
-
-        self._job = self._thread.submit(write)
+        if dist.is_main():
+            self._job = self._thread.submit((contents.copied() if self.in_background else contents).write, path)
 
     def written(self, *, wait: bool) -> Path | None:
         """The checkpoint that was being written, once it is there; None where there is none, or it is not there yet.

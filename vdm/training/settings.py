@@ -116,6 +116,7 @@ class TrainingConfig:
             object.__setattr__(self, "gradient_checkpointing", "block" if self.gradient_checkpointing else "none")
         self._check_effective_batch_size()
         self._check_memory()
+        self._check_lora()
 
     def _require(
         self,
@@ -178,4 +179,19 @@ class TrainingConfig:
             raise UserError(
                 "training.optimizer_in_backward moves weights before processes could exchange gradients; leave it out, "
                 f"or set training.num_gpus=1, not {self.num_gpus}"
+            )
+
+    def _check_lora(self) -> None:
+        """A LoRA is of something, and what is said of one is said where there is one."""
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise UserError("training.lora_alpha is the strength of a LoRA; set training.lora_rank too, or neither")
+        if self.lora_rank is None:
+            return
+        if self.task != "unet":
+            raise UserError(
+                f"training.lora_rank is of the UNet, and training.task is {self.task}; leave one of them out"
+            )
+        if self.init_from is None:
+            raise UserError(
+                "training.lora_rank trains a change of a model, and a random one is none; set training.init_from"
             )

@@ -34,7 +34,7 @@ def finished_weights(trainer: Trainer) -> States:
 
 def _weights(trainer: Trainer) -> States:
     # Parts that training does without are nobody's but the one's that writes them.
-    parts = trainer.task.whole() if dist.is_main() else trainer.task.modules
+    parts = trainer.task.whole() if dist.is_main() else trainer.task.saved()
     return {part: dist.whole(module.state_dict()) for part, module in parts.items()}
 
 
@@ -57,7 +57,7 @@ def load_state(trainer: Trainer, path: Path) -> dict[str, Any]:
     """
     state = checkpoint.load_trainer_state(path)
     # Frozen parts too: what they were first made from may have changed, or be gone.
-    for part, module in trainer.task.modules.items():
+    for part, module in trainer.task.saved().items():
         try:
             weights = checkpoint.load_weights(path, part)
             ours = module.state_dict()

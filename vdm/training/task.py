@@ -6,18 +6,16 @@ draw of a clip is a function of (seed, position in the global stream), so it dep
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm import dist
-from vdm.components import Components, build_text_encoder, build_unet, build_vae, with_sources
+from vdm.components import Components, build_text_encoder, build_unet, build_vae, load_part, save_parts, with_sources
 from vdm.config import Config
 from vdm.data.cache import Cache
 from vdm.data.dataset import ClipDataset
@@ -25,10 +23,8 @@ from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
 from vdm.data.video import to_float
 from vdm.diffusion import NoiseSchedule, ddpm_loss, related_noise
-from vdm.errors import UserError
 from vdm.metrics.temporal import motion_energy
 from vdm.models.vae import LatentDistribution, VideoVAE
-from vdm.models.video_tower import ContrastiveHead
 from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
 from vdm.training.diagnostics import by_timestep, judge
@@ -61,6 +57,35 @@ class Task(ABC):
     def whole(self) -> dict[str, nn.Module]:
         """All parts of the model, those too that training does without; the latter made for the moment, on the CPU."""
         return self.modules
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Those of `modules` that a checkpoint holds; all others are made anew from the config."""
+        return self.modules
+
+    def differentiated(self) -> dict[str, nn.Module]:
+        """Those of `modules` that gradients pass through."""
+        return self.trained()
+
+    def identity(self) -> dict[str, object]:
+        """What a run must have in common with a checkpoint to go on from it, besides its config: JSON by name."""
+        return {}
+
+    def notes(self) -> dict[str, str]:
+        """Text files that stand in every checkpoint."""
+        return {}
+
+    def start_from(self, path: Path) -> None:
+        """Fill the parts that learn from the model folder `path`."""
+        for part, module in self.trained().items():
+            load_part(module, path, part)
+
+    def rounded(self) -> dict[str, nn.Module]:
+        """Those of `modules` whose weights learn as `training.weights_dtype`."""
+        return self.trained()
+
+    def write_final(self, path: Path, weights: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, object]) -> None:
+        """Write the finished model, of which `weights` are those of `whole`."""
+        save_parts(path, self.config, weights, info=info)
 
     def came_from(self, path: Path) -> None:
         """Parts that training does without are henceforth made from the checkpoint `path`."""
@@ -136,7 +161,7 @@ class LatentTask(Task):
 
     def _posterior(self, batch: Batch) -> LatentDistribution:
         kept = self.cache is not None or self.config.data.cache_latents
-        moments = batch.video.to(self.device).float() if kept else self._moments(_pixels(batch, self.device))
+        moments = batch.video.to(self.device).float() if kept else self._moments(pixels_of(batch, self.device))
         return LatentDistribution(moments, self.config.vae.scaling_factor)
 
     def _latents(self, batch: Batch, *, seed: int | None = None) -> Tensor:
@@ -227,96 +252,7 @@ class UNetTask(LatentTask):
         return {"preview_motion": ours, "data_motion": theirs} | ({"motion_ratio": ours / theirs} if theirs else {})
 
 
-class TextTask(LatentTask):
-    """Pretrain the text tower to tell which caption of a batch belongs to which clip (CLIP, arXiv 2103.00020).
-
-    A tower that learns from denoising alone must find the order of words through the blur of a noisy clip; here that
-    is the shortest way to tell two captions apart. The clips of one micro-step are each other's counterexamples, so
-    gradient accumulation is no substitute for a large batch.
-    """
-
-    def build(self) -> dict[str, nn.Module]:
-        if self.config.training.batch_size < 2:
-            raise UserError("training.task=text compares the clips of a batch; set training.batch_size to 2 or more")
-        self.text_encoder = build_text_encoder(self.config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            self.head = ContrastiveHead(self.config.vae.latent_channels, self.config.text.text_width)
-        vae = {"vae": build_vae(self.config)} if self.cache is None else {}
-        return {**vae, "text": self.text_encoder, "contrast": self.head}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"text": self.text_encoder, "contrast": self.head}
-
-    def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        """Cross-entropy both ways; clips of one caption share it, and `retrieval` counts any of them as right."""
-        latents = self._latents(batch) if training else self._posterior(batch).mode()
-        logits = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0])
-        same = torch.tensor([[a == b for b in batch.captions] for a in batch.captions], device=logits.device)
-        target = same / same.sum(dim=1, keepdim=True)
-        return {
-            "loss": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2,
-            "retrieval": same.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean(),
-        }
-
-    @torch.no_grad()
-    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
-        """Every clip under the caption of the batch that fits it best."""
-        latents = self._posterior(batch).mode()
-        best = self.head(latents, self.text_encoder.pooled_and_context(batch.captions)[0]).argmax(dim=1)
-        captions = [batch.captions[i] for i in best.tolist()]
-        return self.part("vae").decode(latents), captions, self.config.data.fps
-
-
-class VAETask(Task):
-    """Reconstruct frames through latents: L1 and squared error, squared error of the colour alone (a pixel less its
-    grey), L1 error of the image gradients, KL to the unit Gaussian.
-
-    Colour has a term of its own, for small bright objects hardly count among all pixels and would stay grey for long.
-    """
-
-    def build(self) -> dict[str, nn.Module]:
-        if self.config.data.cache_dir is not None:
-            raise UserError("training.task=vae learns from pixels, of which a cache has none; leave data.cache_dir out")
-        self.vae = build_vae(self.config)
-        return {"vae": self.vae}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return self.modules
-
-    def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        """In validation the mean latent is decoded; in training a draw from the posterior."""
-        video = _pixels(batch, self.device)
-        posterior = self.vae.encode(video)
-        generators = [clip_generator(self.config.seed, p, POSTERIOR) for p in batch.positions]
-        decoded = self.vae.decode(posterior.sample(generators) if training else posterior.mode())
-        error = decoded.float() - video
-        edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
-        colour = error - error.mean(dim=1, keepdim=True)
-        reconstruction, kl = error.abs().mean() + 4.0 * error.square().mean(), posterior.kl().mean()
-        weights = self.config.training
-        return {
-            "loss": reconstruction
-            + weights.colour_weight * colour.square().mean()
-            + weights.edge_weight * edges
-            + weights.kl_weight * kl,
-            "reconstruction": reconstruction,
-            "kl": kl,
-            "psnr": 10.0 * torch.log10(4.0 / error.square().mean()),  # values span 2
-            "latent_std": posterior.mean.std(),
-        }
-
-    @torch.no_grad()
-    def shown(self, batch: Batch) -> tuple[Tensor, Sequence[str], float]:
-        """Every validation clip above its reconstruction."""
-        video = _pixels(batch, self.device)
-        decoded = self.vae.decode(self.vae.encode(video).mode())
-        pairs = torch.stack([video, decoded], dim=1).flatten(0, 1)
-        names = [name for caption in batch.captions for name in (caption, "reconstructed")]
-        return pairs, names, self.config.data.fps
-
-
-def _pixels(batch: Batch, device: torch.device) -> Tensor:
+def pixels_of(batch: Batch, device: torch.device) -> Tensor:
     """The clips of a batch, float32 (B,3,T,H,W) in [-1,1]; as bytes they travel to a GPU in a quarter of the time."""
     return to_float(batch.video.to(device, non_blocking=True))
 
@@ -325,33 +261,3 @@ def _pixels(batch: Batch, device: torch.device) -> Tensor:
 def _motion_as_decoded(vae: VideoVAE, latents: Tensor) -> float:
     """How much clips move as the VAE shows them, as it does previews; one clip at a time, to save memory."""
     return float(torch.cat([motion_energy(vae.decode(one[None])) for one in latents]).mean())
-
-
-def random_parts(config: Config) -> list[str]:
-    """The keys that name no weights for parts which a new run would never train."""
-    frozen: dict[str, str | None] = {}
-    if config.training.task != "vae":
-        frozen["vae.vae_weights"] = config.vae.vae_weights
-    if reads_text(config):
-        frozen["text.text_weights"] = config.text.text_weights
-    return [key for key, weights in frozen.items() if weights is None]
-
-
-def warn_of_random_parts(config: Config) -> None:
-    """Name them."""
-    for key in random_parts(config):
-        print(f"warning: {key} is null, so this run trains on a random, frozen network", file=sys.stderr)
-
-
-TASKS: Mapping[str, type[Task]] = {"unet": UNetTask, "vae": VAETask, "text": TextTask}
-
-
-def build_task(config: Config, device: torch.device, *, cache: Cache | None = None) -> Task:
-    """The task that `training.task` names, with `cache` in place of the one in `data.cache_dir`, where it is given.
-
-    Raises `UserError` where the device cannot do the precision asked for.
-    """
-    if config.training.mixed_precision == "fp16" and device.type != "cuda":
-        raise UserError("training.mixed_precision=fp16 needs a CUDA device; use bf16 or no on this machine")
-    kind = TASKS[config.training.task]
-    return kind(config, device) if cache is None else kind(config, device, cache=cache)  # type: ignore[call-arg]

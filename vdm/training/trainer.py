@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from vdm import checkpoint, dist
-from vdm.components import save_parts
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
-from vdm.errors import CannotWrite
+from vdm.errors import CannotWrite, UserError
 from vdm.models.dropout import clip_seeds
 from vdm.training.adam import AdamW
 from vdm.training.diagnostics import Tally, gradient_norms, other_captions
@@ -31,7 +30,7 @@ from vdm.training.limits import Clock, Limits
 from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import parallelize, require_possible
 from vdm.training.resuming import require_same_run
-from vdm.training.saving import Writer
+from vdm.training.saving import Contents, Writer
 from vdm.training.settings import AUTOCAST
 from vdm.training.state import all_weights, finished_weights, load_state, training_state
 from vdm.training.task import Task
@@ -50,9 +49,10 @@ class Trainer:
         require_possible(self.settings, num_clips=self.clips.num_clips)
         self.trained = task.trained()
         if self.settings.weights_dtype == "bf16":
-            for module in self.trained.values():
+            for module in task.rounded().values():
                 module.to(torch.bfloat16)
-        self.parallel = parallelize(self.trained, partial(self._losses, training=True), self.settings)
+        losses = partial(self._losses, training=True)
+        self.parallel = parallelize(self.trained, losses, self.settings, passed=task.differentiated())
         self.parameters = [p for module in self.trained.values() for p in module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.trained, self.settings, seed=config.seed)
         self.in_backward: InBackward | None = None
@@ -279,8 +279,15 @@ class Trainer:
 
     def _begin(self, path: Path) -> None:
         seconds = round(self.clock.seconds(), 3)
-        info = {"step": self.step, "task": self.settings.task, "seconds": seconds, **self.validated}
-        self.writer.start(path, to_yaml(self.config), all_weights(self), training_state(self), info)
+        about = {"step": self.step, "task": self.settings.task, "seconds": seconds}
+        contents = Contents(
+            config_yaml=to_yaml(self.config),
+            weights=all_weights(self),
+            trainer_state=training_state(self),
+            info={**about, **self.task.identity(), **self.validated},
+            notes=self.task.notes(),
+        )
+        self.writer.start(path, contents)
 
     def settle(self, *, wait: bool, must: bool = False) -> None:
         """See to a checkpoint that is being written, if it is there by now, or once it is."""
@@ -306,6 +313,9 @@ class Trainer:
         """Go on from a checkpoint. Raises `UserError` where it belongs to another kind of run."""
         require_same_run(self.config, path)
         info = checkpoint.verify(path).info
+        for name, ours in self.task.identity().items():
+            if info.get(name) != ours:
+                raise UserError(f"{path} is of a run with {name} {info.get(name)}, not {ours}; resume it with that")
         state = load_state(self, path)
         self.task.came_from(path)
         self.faults = Faults(**state.get("faults", {}))
@@ -319,5 +329,5 @@ class Trainer:
         final = self.run_dir / "final"
         weights = finished_weights(self)
         if dist.is_main():
-            save_parts(final, self.config, weights, info={"step": self.step, "task": self.settings.task})
+            self.task.write_final(final, weights, {"step": self.step, "task": self.settings.task})
         return final
