@@ -59,6 +59,7 @@ def test_a_run_with_all_of_it_writes_float32_averages_and_goes_on(tmp_path: Path
         train(tiny(tmp_path, *BF16, "training.max_train_steps=4"), resume="latest")
 
 
+@pytest.mark.slow
 def test_the_smallest_run_learns_as_the_usual_one_does(tmp_path: Path) -> None:
     runs = [trainer_of(tmp_path, *overrides, "training.max_grad_norm=1e6") for overrides in ((), SMALLEST)]
     losses = []
