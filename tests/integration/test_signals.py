@@ -182,7 +182,7 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(
     loop = Loop(trainer)
     trainer.save = lambda: None  # type: ignore[method-assign]
     trainer.finish = lambda: tmp_path  # type: ignore[method-assign]
-    no_room(300)
+    no_room(1000)  # room for a line or two
     loop.run()
     no_room(-1)
     assert "cannot be written" in capsys.readouterr().err

@@ -60,9 +60,12 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
-def test_a_nan_in_one_clip_is_named_and_skipped_and_changes_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [(), ("training.optimizer_in_backward=true",)])
+def test_a_nan_in_one_clip_is_named_and_skipped_and_changes_nothing_else(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     """Against a run in which somebody passes over that step by hand."""
-    ill, well = trainer_of(tmp_path / "ill"), trainer_of(tmp_path / "well")
+    ill, well = trainer_of(tmp_path / "ill", *overrides), trainer_of(tmp_path / "well", *overrides)
     said: list[str] = []
     ill.say = said.append
     position = 5  # the second clip of the third step

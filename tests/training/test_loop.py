@@ -126,9 +126,10 @@ def test_bfloat16_trains_with_weights_in_float32(tmp_path: Path) -> None:
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["true", "cheap"])
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path, how: str) -> None:
     plain, gradients = step(trainer_of(tmp_path, "model.dropout=0.2"))
-    saved, same = step(trainer_of(tmp_path, "model.dropout=0.2", "training.gradient_checkpointing=true"))
+    saved, same = step(trainer_of(tmp_path, "model.dropout=0.2", f"training.gradient_checkpointing={how}"))
     assert plain == saved
     assert all(torch.equal(gradient, same[name]) for name, gradient in gradients.items())
 
