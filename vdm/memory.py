@@ -30,7 +30,7 @@ class Ledger(TorchDispatchMode):
     """Within the context every storage of memory is entered when it is made and struck out when it is freed.
 
     `held` is bytes now by kind, `peak` the same at the moment of the largest sum since `watch`, `flops` the operations
-    of products, convolutions and attention, a multiply-add being two. Who asks for a number is told 1 or true.
+    of products, convolutions and attention, a multiply-add being two. Who asks for a number is told 0.75, 1 or true.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _one(dtype: torch.dtype) -> bool | int | float:
-    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+    return True if dtype == torch.bool else 0.75 if dtype.is_floating_point else 1
 
 
 def _count(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:

@@ -131,7 +131,8 @@ def work_of(config: Config, measured: Footprint) -> Work:
             forward += text
         elif data.cache_dir is None:
             frozen += text
-    backward = max(0, min(2 * forward, measured.step_flops - frozen - forward))
+    passes = 2 if config.training.lora_rank is None else 1  # most of a LoRA's model needs no gradients of its weights
+    backward = max(0, min(passes * forward, measured.step_flops - frozen - forward))
     again = max(0, measured.step_flops - frozen - forward - backward)
     scale = training.gradient_accumulation_steps * mean / length / 1e12
     return Work(*(scale * count for count in (forward, backward, again, frozen)))

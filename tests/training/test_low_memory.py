@@ -13,8 +13,8 @@ from vdm.checkpoint import load_trainer_state, load_weights
 from vdm.config import Config, load
 from vdm.errors import UserError
 from vdm.pipeline import TextToVideo
+from vdm.training.kinds import build_task
 from vdm.training.loop import train
-from vdm.training.task import build_task
 from vdm.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

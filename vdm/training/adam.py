@@ -62,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(())
         state["step"] += 1
-        count = int(state["step"])
+        count = round(float(state["step"]))
         words = [self.seed, self.numbers[p], count, ROUNDING]
         seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
         draws = torch.Generator(p.device).manual_seed(int(seed[0] >> 1))
