@@ -134,7 +134,7 @@ def test_weights_in_other_layouts_and_frozen_ones() -> None:
     conv.bias.requires_grad_(False)
     config = TrainingConfig(optimizer_states="8bit", weights_dtype="bf16", mixed_precision="bf16", learning_rate=0.1)
     before = conv.to(torch.bfloat16).bias.clone()
-    optimizer = build_optimizer([conv], config, seed=1)
+    optimizer = build_optimizer({"unet": conv}, config, seed=1)
     assert isinstance(optimizer, AdamW) and optimizer.states == "8bit" and optimizer.seed == 1
     old = conv.weight.detach().clone()
     conv(torch.ones(1, 16, 4, 4, dtype=torch.bfloat16)).float().sum().backward()

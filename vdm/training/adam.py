@@ -2,7 +2,7 @@
 
 Weight by weight, in float32, and then rounded stochastically to what is kept (vdm/training/rounding.py), for of the
 libraries none does all that is wanted here: bitsandbytes rounds weights and moments to nearest, so that small updates
-are lost; torchao's rounds the moments so, needs a compiler at run time, and draws from the process's own random stream.
+are lost; torchao needs a compiler at run time. And a resumed run is to draw the same bits.
 """
 
 from __future__ import annotations
