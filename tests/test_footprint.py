@@ -182,4 +182,4 @@ def test_a_ledger_follows_every_storage() -> None:
         assert sum(ledger.held.values()) == 0
         x = torch.empty(8, 16)
         assert (x @ x.T).shape == (8, 8) and ledger.flops == 2 * 8 * 8 * 16
-        assert float(x.sum()) == 0.5 and bool(torch.isfinite(x).all()) and int(torch.empty(1, dtype=torch.long)) == 1
+        assert float(x.sum()) == 0.75 and bool(torch.isfinite(x).all()) and int(torch.empty(1, dtype=torch.long)) == 1

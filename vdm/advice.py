@@ -48,12 +48,28 @@ def _encode_once(config: Config) -> Config | None:
     return replace(config, data=replace(data, cache_dir=f"cache/{config.name}"))
 
 
+def _round_weights(config: Config) -> Config | None:
+    if config.training.optimizer != "adamw":
+        return None
+    return _training(weights_dtype="bf16", mixed_precision="bf16")(config)
+
+
+def _update_at_once(config: Config) -> Config | None:
+    """There must be nothing to add up or to exchange first."""
+    training = config.training
+    alone = training.gradient_accumulation_steps == 1 and (training.num_gpus or 1) == 1
+    possible = training.optimizer == "adamw" and training.mixed_precision != "fp16" and alone
+    return _training(optimizer_in_backward=True)(config) if possible else None
+
+
 def _adamw(change: Callable[[Config], Config | None]) -> Callable[[Config], Config | None]:
     return lambda config: change(config) if config.training.optimizer == "adamw" else None
 
 
 def _halve(config: Config) -> Config | None:
     training = config.training
+    if training.optimizer_in_backward:
+        return None  # which has no gradients to add up
     if training.batch_size % 2 or (training.task == "text" and training.batch_size == 2):
         return None
     micro_steps = 2 * training.gradient_accumulation_steps
@@ -61,7 +77,7 @@ def _halve(config: Config) -> Config | None:
 
 
 def _low_rank(config: Config) -> Config | None:
-    wanted = config.training.task == "unet" and config.training.lora_rank is None
+    wanted = config.training.task == "unet" and config.training.lora_rank is None and not config.text.text_trainable
     base = config.training.init_from or "MODEL"  # which is not looked at
     return _training(lora_rank=16, init_from=base)(config) if wanted else None
 
@@ -73,8 +89,8 @@ CHANGES: tuple[Change, ...] = (
     ("data.cache_dir", _encode_once),
     ("training.ema_offload=true", _training(ema_offload=True)),
     ("training.optimizer_states=8bit", _adamw(_training(optimizer_states="8bit"))),
-    ("training.weights_dtype=bf16", _training(weights_dtype="bf16")),
-    ("training.optimizer_in_backward=true", _adamw(_training(optimizer_in_backward=True))),
+    ("training.weights_dtype=bf16", _round_weights),
+    ("training.optimizer_in_backward=true", _update_at_once),
     ("training.batch_size", _halve),
     ("training.batch_size", _halve),
     ("training.batch_size", _halve),

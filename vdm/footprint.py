@@ -217,7 +217,8 @@ class _Rehearsed:
                 trainer.validate()
                 phases["validation"] = self.ledger.peak
                 self.ledger.watch()
-            trainer.task.shown(next(trainer.held_out_batches(batch_size=8)))
+            batch = next(trainer.held_out_batches(batch_size=8))
+            trainer.task.measured(trainer.task.shown(batch)[0], batch)
             phases["preview"] = self.ledger.peak
         return phases
 

@@ -14,6 +14,7 @@ from vdm.config import Config, load
 from vdm.data.loader import Batch
 from vdm.diffusion import NoiseSchedule
 from vdm.pipeline import TextToVideo
+from vdm.training.draws import HELD_OUT
 from vdm.training.groups import is_temporal
 from vdm.training.kinds import build_task
 from vdm.training.loop import train
@@ -62,8 +63,8 @@ def seen(shared: UNetTask, *overrides: str, training: bool = True) -> dict[str, 
     batch = batch_of(task)
     loss = task.losses(batch, training=training)["loss"]
     handle.remove()
-    ((noisy, t, context),) = caught
-    x0 = task._latents(batch)
+    noisy, t, context = caught[0]  # the only one of training, the first of those that validation takes
+    x0 = task._latents(batch) if training else task._latents(batch, seed=HELD_OUT)
     signal, amplitude = (table[t].reshape(-1, 1, 1, 1, 1) for table in (task.schedule.signal, task.schedule.noise))
     return {"x0": x0, "noise": (noisy - signal * x0) / amplitude, "t": t, "context": context, "loss": loss}
 

@@ -15,6 +15,7 @@ import torch
 from tests.conftest import ROOT, Command
 from vdm.config import Config, load
 from vdm.errors import CannotWrite
+from vdm.training import saving
 from vdm.training import trainer as trainer_module
 from vdm.training.loop import train
 from vdm.training.verify import differences
@@ -29,7 +30,8 @@ def config_of(run_dir: Path, *overrides: str) -> Config:
 
 def records(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "videos_per_second"} for line in lines]
+    timings = ("videos_per_second", "seconds_per_step", "data_wait_share", "tflops", "peak_rss_gb")
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def names(folder: Path) -> set[str]:
@@ -95,7 +97,7 @@ def refuse(error: BaseException) -> Callable[..., None]:
 def test_a_disk_that_is_too_small_ends_the_run_after_its_first_step(
     monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(trainer_module.checkpoint, "save_checkpoint", refuse(CannotWrite("it is full; free space")))
+    monkeypatch.setattr(saving, "save_checkpoint", refuse(CannotWrite("it is full; free space")))
     result = command("train.py", TINY, f"run_dir={tmp_path}", "training.rehearsal=true")
     assert result.error.startswith("save failed in the rehearsal of the run: it is full; free space")
 

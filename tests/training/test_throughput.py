@@ -50,7 +50,8 @@ def test_a_window_by_hand() -> None:
 def test_operations_are_counted_of_the_unet_alone() -> None:
     rates = {}
     for name, overrides in {
-        "unet": (), "lora": ("training.lora_rank=2",), "vae": ("training.task=vae",), "text": ("training.task=text",)
+        "unet": (), "lora": ("training.lora_rank=2", "training.init_from=x"),
+        "vae": ("training.task=vae",), "text": ("training.task=text",)
     }.items():  # fmt: skip
         window = Window(load(TINY, overrides), CPU)
         window.add({"loss": 1.0}, [batch(2, 4)], waited=0.0, seconds=1.0)

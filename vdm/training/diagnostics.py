@@ -116,6 +116,7 @@ def judge(
     context: Tensor,
     other_context: Tensor | None = None,
     differs: Sequence[bool] = (),
+    relate: Callable[[Tensor, torch.Generator], Tensor] = lambda noise, draw: noise,
 ) -> dict[str, Tensor]:
     """Losses and gains of held-out clips, one number a clip: float32 (B,), `caption_gain` of those that differ alone.
 
@@ -124,11 +125,12 @@ def judge(
         positions: of the clips among those held out, which time steps, noise and orders of frames are drawn by.
         context, other_context: of the right captions and of others (B, L, D); without others there are no gains.
         differs: for each clip whether its other caption is another.
+        relate: what becomes of a clip's noise (C, T, h, w) by further draws, in training too.
 
     Takes NUM_BINS forward passes, and as many for each gain. A clip of one frame has no temporal gain.
     """
     draws = [clip_generator(HELD_OUT, p, NOISE) for p in positions]
-    noise = torch.stack([torch.randn(NUM_BINS, *x0.shape[1:], generator=draw) for draw in draws], dim=1)
+    noise = torch.stack([_noise(x0.shape[1:], draw, relate) for draw in draws], dim=1)
     num_steps = schedule.config.num_train_timesteps
     times = torch.tensor([held_out_times(p, num_steps=num_steps) for p in positions]).T
 
@@ -148,6 +150,12 @@ def judge(
         values["temporal_gain"] = (losses(in_other_order(network, orders.to(x0.device)), context) - right).mean(0)
     gain = (losses(network, other_context) - right).mean(0)
     return {**values, "caption_gain": gain[torch.tensor(differs, device=gain.device)]}
+
+
+def _noise(shape: Sequence[int], draw: torch.Generator, relate: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
+    """One clip's noise in every bin (NUM_BINS, C, T, h, w)."""
+    independent = torch.randn(NUM_BINS, *shape, generator=draw)
+    return torch.stack([relate(noise, draw) for noise in independent])
 
 
 # ---- over all clips

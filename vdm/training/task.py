@@ -205,15 +205,13 @@ class UNetTask(LatentTask):
             return {"loss": self.judge(batch, others=())["loss"].mean()}
         x0 = self._latents(batch)
         num_steps = self.schedule.config.num_train_timesteps
-        recipe = self.config.training
-        relations = {"correlation": recipe.frame_noise_correlation, "offset": recipe.offset_noise}
         noise, times, captions = [], [], []
         for position, caption in zip(batch.positions, batch.captions, strict=True):
             draw = clip_generator(self.config.seed, position, NOISE)
             times.append(int(torch.randint(num_steps, (), generator=draw)))
-            dropped = float(torch.rand((), generator=draw)) < recipe.caption_dropout
+            dropped = float(torch.rand((), generator=draw)) < self.config.training.caption_dropout
             captions.append("" if dropped else caption)
-            noise.append(related_noise(torch.randn(x0.shape[1:], generator=draw), draw, **relations))
+            noise.append(self._relate(torch.randn(x0.shape[1:], generator=draw), draw))
         context = self._contexts(captions)
         loss = ddpm_loss(
             lambda x, t: self.modules["unet"](x, t, context),
@@ -223,6 +221,10 @@ class UNetTask(LatentTask):
             schedule=self.schedule,
         )
         return {"loss": loss.mean(), **by_timestep(loss.detach(), times, num_steps=num_steps)}
+
+    def _relate(self, noise: Tensor, draw: torch.Generator) -> Tensor:
+        recipe = self.config.training
+        return related_noise(noise, draw, correlation=recipe.frame_noise_correlation, offset=recipe.offset_noise)
 
     def judge(self, batch: Batch, *, others: Sequence[str]) -> dict[str, Tensor]:
         """Losses and, where there are `others`, gains: see `diagnostics.judge`. All captions are kept."""
@@ -234,6 +236,7 @@ class UNetTask(LatentTask):
             schedule=self.schedule,
             context=self._contexts(batch.captions),
             other_context=self._contexts(wrong) if wrong else None,
+            relate=self._relate,
             differs=[other != right for other, right in zip(wrong, batch.captions, strict=False)],
         )
 
