@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.memory import LiveBytes
 from vdm.models import UNet3D, UNetConfig
 from vdm.models.blocks import ResBlock
+from vdm.models.dropout import clip_seeds
 from vdm.models.vae import VAEConfig, VideoVAE
 from vdm.text.encoder import TextConfig, TextEncoder
-from vdm.training.parallel import checkpoint_activations
+from vdm.training.parallel import checkpoint_activations, parallelize
 from vdm.training.recompute import is_expensive
-from vdm.training.settings import Recompute
+from vdm.training.settings import Recompute, TrainingConfig
 
 CONFIG = UNetConfig(
     unet_dim=16,
@@ -170,3 +172,25 @@ def test_every_network_keeps_less(kind: str, how: Recompute) -> None:
     (many, plain), (few, recomputed) = results
     assert few < (0.9 if how == "cheap" else 0.7) * many
     assert all(torch.equal(p, q) for p, q in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same() -> None:
+    """Gradients too, with dropout, and what is cheap computed again."""
+    small = replace(CONFIG, channel_mult=(1,), attention_levels=(False,))
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        unet = UNet3D(small).train()
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+        settings = TrainingConfig(gradient_checkpointing="cheap", compile=compiled)
+        parallelize({"unet": unet}, lambda batch: {}, settings, passed={"unet": unet})
+        with clip_seeds([1, 2]):
+            found.append(gradients(unet, dtype=torch.float32))
+    plain, fused = found
+    assert plain.keys() == fused.keys()
+    assert any(not torch.equal(gradient, fused[name]) for name, gradient in plain.items()), "other kernels ran"
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-5)

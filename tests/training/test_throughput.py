@@ -50,7 +50,7 @@ def test_a_window_by_hand() -> None:
 def test_operations_are_counted_of_the_unet_alone() -> None:
     rates = {}
     for name, overrides in {
-        "unet": (), "lora": ("training.lora_rank=2", "training.init_from=x"),
+        "unet": (), "lora": ("training.lora_rank=2", "training.init_from=x", "text.text_trainable=false"),
         "vae": ("training.task=vae",), "text": ("training.task=text",)
     }.items():  # fmt: skip
         window = Window(load(TINY, overrides), CPU)

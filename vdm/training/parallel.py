@@ -32,6 +32,13 @@ def checkpoint_activations(model: nn.Module, *, how: bool | Recompute) -> None:
         block.forward = partial(recomputed, block, block.forward, how)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every block, anew for each length of clips: inductor cannot be relied on for lengths that vary."""
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 512)  # blocks times lengths
+    for block in blocks(model):
+        block.compile(dynamic=False)
+
+
 class Replicas:
     """The processes hold a copy of the model each (DistributedDataParallel); one alone holds the only one.
 
@@ -113,8 +120,7 @@ def parallelize(
     for module in passed.values():
         checkpoint_activations(module, how=settings.gradient_checkpointing)
         if settings.compile:
-            for block in blocks(module):
-                block.compile()
+            compile_blocks(module)
     if settings.parallel == "fsdp" and dist.size() > 1:
         return Shards(modules, losses, settings)
     return Replicas(modules, losses)

@@ -56,7 +56,7 @@ class TrainingConfig:
     optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"  # how AdamW keeps its moments
     optimizer_in_backward: bool = False  # update each weight as soon as its gradient is there, which is then freed
     ema_offload: bool = False  # keep averaged weights in the memory of the CPU
-    compile: bool = False  # torch.compile each UNet layer
+    compile: bool = False  # torch.compile each block of the trained parts, for each length of clips
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: copies of the model, or shards of it
     lora_rank: int | None = None  # train a low-rank change of the UNet's attention in place of its weights
     lora_alpha: float | None = None  # its strength is alpha / rank; null is the rank
