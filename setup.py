@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["vdm", "vdm.*", "kernels", "kernels.*"]),
     package_data={"vdm": ["assets/**"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",  # the first whose FSDP2 is public
         "open_clip_torch>=3.0",
         "numpy>=1.24",
         "opencv-python>=4.8",

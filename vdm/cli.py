@@ -103,18 +103,22 @@ def _plan_command(options: argparse.Namespace) -> None:
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu must be above 0 and at most 1, got {mfu}")
 
+    import torch
+
     from vdm.advice import make_plan
     from vdm.config import load
     from vdm.files import replacing
     from vdm.plan import as_json
     from vdm.plan_table import table
+    from vdm.training.environment import describe
 
     config = load(options.config, options.overrides)
     names = GPU_NAMES if options.gpu is None else (options.gpu,)
     plan = make_plan(config, names=names, mfu=mfu, advise=options.gpu is not None)
     if options.json is not None:
+        record = {"environment": describe(torch.device("cpu")), **as_json(plan, names)}
         with replacing(options.json) as file:
-            file.write_text(json.dumps(as_json(plan, names), indent=1) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(plan, names))
 
 
