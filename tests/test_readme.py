@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.data import table
+from benchmarks.memory import table as memory_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,3 +38,26 @@ def test_the_tables_of_the_data_loader_are_the_saved_ones() -> None:
     ours, rivals = ways["loader"]["rate"], ("cv2 loop", "PyAV loop", "decord", "torchcodec")
     assert ways["loader, all augmentation"]["of_raw"] >= 0.8, "what we set out for"
     assert ours >= max(ways[name]["rate"] for name in rivals)
+
+
+def test_the_table_of_memory_is_the_saved_one() -> None:
+    record = saved("memory-cpu.json")
+    full, small = record["full_size"], record["small"]
+    assert isinstance(full, dict) and isinstance(small, dict)
+    lines = list(memory_table(full, small))
+    assert len(lines) == 5
+    assert [line for line in lines if line not in README] == []
+    assert full["cheap"]["16"]["kept"] < 5.0e9, "what we set out for"
+    assert all(row["gradient_error"] <= 1e-6 for row in small.values())
+
+
+def test_the_table_of_plans_is_the_saved_one() -> None:
+    for name in ("a100", "24gb", "12gb-lora"):
+        plan = saved(f"plan-{name}.json")
+        memory, gpus, disk, trained = (plan[key] for key in ("memory", "gpus", "disk", "trained"))
+        assert isinstance(memory, dict) and isinstance(gpus, dict) and isinstance(disk, dict)
+        assert isinstance(trained, dict)
+        peaks = [f"{sum(memory[phase].values()) / 2**30:.1f}" for phase in ("training step", "validation", "preview")]
+        learn = f"{sum(trained.values()) / 1e6:,.1f} M"
+        step, saved_gb = gpus["A100"]["seconds_per_step"], disk["checkpoint"] / 1e9
+        assert f"| `{name}.yaml` | {learn} | {' | '.join(peaks)} | {step:.2f} s | {saved_gb:.1f} GB |" in README

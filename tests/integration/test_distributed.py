@@ -187,6 +187,17 @@ def test_a_bad_clip_of_one_process_is_named_and_skipped_by_all(tmp_path: Path, w
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["vae", "text"])
+def test_the_other_tasks_shard_too(tmp_path: Path, task: str) -> None:
+    """The counterexamples of a text tower are those of its micro-step, so the two have it alike."""
+    more = (f"training.task={task}", "training.max_train_steps=2", "data.validation_clips=4")
+    alone = trained(tmp_path / "alone", (1, "training.batch_size=2", "training.gradient_accumulation_steps=2", *more))
+    sharded = trained(tmp_path / "sharded", (2, "training.batch_size=2", "training.parallel=fsdp", *more))
+    assert log(sharded, "loss") == pytest.approx(log(alone, "loss"), rel=1e-5)
+    assert len(log(sharded, "loss")) == 2
+
+
+@pytest.mark.slow
 def test_told_to_stop_all_of_them_save_and_end(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     count, *overrides = WAYS["fsdp on 2"]

@@ -176,7 +176,7 @@ def test_every_network_keeps_less(kind: str, how: Recompute) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_compute_the_same() -> None:
-    """Gradients too, with dropout, and what is cheap computed again."""
+    """Gradients too, with dropout, and what is cheap computed again. One block, for each takes half a minute."""
     small = replace(CONFIG, channel_mult=(1,), attention_levels=(False,))
     found = []
     for compiled in (False, True):
@@ -186,7 +186,7 @@ def test_compiled_blocks_compute_the_same() -> None:
             for parameter in unet.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape)
         settings = TrainingConfig(gradient_checkpointing="cheap", compile=compiled)
-        parallelize({"unet": unet}, lambda batch: {}, settings, passed={"unet": unet})
+        parallelize({"unet": unet}, lambda batch: {}, settings, passed={"middle": unet.middle[1:]})
         with clip_seeds([1, 2]):
             found.append(gradients(unet, dtype=torch.float32))
     plain, fused = found

@@ -18,6 +18,8 @@ from vdm.errors import UserError
 from vdm.training.recompute import blocks, recomputed
 from vdm.training.settings import AUTOCAST, Recompute, TrainingConfig
 
+# Methods through which a forward pass enters a module, beside `forward` itself.
+ENTRANCES = ("pooled_and_context", "encode", "decode")
 Losses = Callable[[Batch], dict[str, Tensor]]
 
 
@@ -91,8 +93,9 @@ class Shards:
                 fully_shard(block, mp_policy=policy)
             # After validation too the weights are to be shares again, which nothing but this sees to.
             fully_shard(module, mp_policy=policy, reshard_after_forward=True)
-            if hasattr(module, "pooled_and_context"):
-                register_fsdp_forward_method(module, "pooled_and_context")
+            for name in ENTRANCES:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
         self._roots = [module for module in modules.values() if isinstance(module, FSDPModule)]
         # Nothing changes an output in place, which is what it warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
