@@ -11,7 +11,7 @@ from typing import Any
 from vdm.config import Config
 from vdm.errors import UserError
 from vdm.footprint import footprint
-from vdm.plan import Disk, Plan, disk_of, fits, work_of
+from vdm.plan import Disk, Plan, disk_of, fits, steps_of, work_of
 from vdm.training.kinds import random_parts
 
 Change = tuple[str, Callable[[Config], Config | None]]  # its spelling, and what it makes of a config it applies to
@@ -152,7 +152,7 @@ def _differences(config: Config, changed: Config) -> Iterator[str]:
 def warnings_of(config: Config, disk: Disk) -> Iterator[str]:
     """What would be a pity to learn of later, a sentence each."""
     training, data = config.training, config.data
-    steps = training.max_train_steps
+    steps = steps_of(config)
     for key in random_parts(config):
         yield f"{key} is null, so this run trains on a random, frozen network"
     if data.format != "mini-something":
@@ -171,6 +171,10 @@ def warnings_of(config: Config, disk: Disk) -> Iterator[str]:
         yield f"training.checkpointing_steps={training.checkpointing_steps}: nothing is saved before the last step"
     if training.validation_steps == 0:
         yield "training.validation_steps=0: the run is never validated"
+    if training.max_train_epochs is not None and data.num_clips is None:
+        yield f"training.max_train_epochs={training.max_train_epochs:g} may end the run before {steps} steps"
+    if training.init_from is not None and not Path(training.init_from).exists():
+        yield f"training.init_from={training.init_from} is not there"
     if training.max_train_hours is not None:
         yield f"training.max_train_hours={training.max_train_hours:g} may end the run before {steps} steps"
     if disk.run > disk.free:

@@ -67,7 +67,7 @@ def save_checkpoint(
 
     `weights` maps a part's name, such as "unet.ema", to its state dict, which may be read as it is written;
     `trainer_state` holds tensors and plain values; `info` holds JSON values; `notes` are further text files. Raises
-    UserError if the disk refuses, and then leaves what was there before.
+    CannotWrite if the disk refuses, and then leaves what was there before.
     """
     with written_whole(path, replaces="checkpoint", may_replace=_holds_only_ours) as folder:
         for part, tensors in weights.items():
@@ -230,10 +230,11 @@ def load_trainer_state(path: str | Path) -> dict[str, Any]:
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """The folders checkpoint-<step> of a run, by step, whether valid or not."""
     found = [path for path in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a folder checkpoint-<step>."""
     return int(path.name.removeprefix("checkpoint-"))
 
 
@@ -278,7 +279,7 @@ class Retention:
 
 def prune(run_dir: str | Path, *, retention: Retention) -> None:
     """Delete the complete checkpoints of a run that do not stay. For the holder of the RunLock."""
-    complete = {_step_of(path): path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()}
+    complete = {step_of(path): path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()}
     kept = retention.keeps({step: _info(path) for step, path in complete.items()})
     for path in (path for step, path in complete.items() if step not in kept):
         doomed = _beside(path, "tmp")
@@ -312,6 +313,8 @@ class RunLock:
     def _clear_leftovers(self) -> None:
         for path in self.run_dir.iterdir():
             match = re.fullmatch(r"\.(.+)\.(tmp|old)-\d+", path.name)
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # of `files.replacing`
+                path.unlink(missing_ok=True)
             if match and match[2] == "old" and not (self.run_dir / match[1]).exists():
                 path.rename(self.run_dir / match[1])  # killed between the two renames: the old one is the checkpoint
             elif match:

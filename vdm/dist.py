@@ -16,7 +16,7 @@ import torch.distributed as process_group
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vdm.errors import Failure
+from vdm.errors import Failure, UserError
 
 Anything = TypeVar("Anything")
 
@@ -61,7 +61,12 @@ def together() -> Iterator[None]:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     # What is agreed on lies in the CPU's memory, so that a GPU that is at work does not have to be waited for.
-    process_group.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+    try:
+        process_group.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {size()}, but the processes cannot meet ({error}); start them with torchrun"
+        ) from error
     try:
         yield
     except RuntimeError as error:

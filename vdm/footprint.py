@@ -25,6 +25,7 @@ from vdm.memory import Ledger, imagined, tensors_in
 from vdm.models import UNet3D
 from vdm.training.kinds import build_task
 from vdm.training.lora import LoRATask
+from vdm.training.parallel import require_possible
 from vdm.training.task import Task, UNetTask
 from vdm.training.trainer import Trainer
 
@@ -57,6 +58,8 @@ def footprint(config: Config, *, cuda: bool = True) -> Footprint:
 
     Raises UserError where the run itself would, before its first step.
     """
+    training = config.training
+    require_possible(training, there=training.num_gpus or 1, num_clips=training.num_gpus or 1)
     measured = _measured(_planned(config), rank=config.training.lora_rank, cuda=cuda)
     if not config.training.ema_offload:
         return measured
@@ -182,11 +185,11 @@ class _Rehearsed:
             phases |= self._looks(validates=settings.validation_steps > 0)
         self.ledger.watch()
         phases["save"] = self.ledger.peak
-        whole = trainer.task.whole()
+        whole, every = trainer.task.whole(), trainer.task.modules | trainer.task.whole()
         learn = {part: [p for p in module.parameters() if p.requires_grad] for part, module in trainer.trained.items()}
         return Footprint(
             phases=phases,
-            parameters={part: sum(p.numel() for p in module.parameters()) for part, module in whole.items()},
+            parameters={part: sum(p.numel() for p in module.parameters()) for part, module in every.items()},
             trained={part: sum(p.numel() for p in some) for part, some in learn.items()},
             checkpoint=self._checkpoint(whole),
             final=sum(_file_bytes(module.state_dict()) for module in whole.values()),
@@ -207,7 +210,9 @@ class _Rehearsed:
                     self._note_gradient(parameter)
         self.ledger.watch()
         trainer.train_step([trainer.batch(settings.batch_size)])
-        return self.ledger.peak
+        peak = self.ledger.peak
+        self.ledger.mark(OPTIMIZER, tensors_in(list(trainer.optimizer.state.values())))  # some are made anew
+        return peak
 
     def _looks(self, *, validates: bool) -> dict[str, dict[str, int]]:
         phases, trainer = {}, self.trainer

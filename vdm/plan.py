@@ -12,6 +12,7 @@ from vdm import flops
 from vdm.config import Config
 from vdm.footprint import AVERAGES, GRADIENTS, OPTIMIZER, Footprint, footprint
 from vdm.training.cached import reads_text
+from vdm.training.limits import Limits
 
 GIB = 2**30
 CONTEXT = "CUDA context and workspaces"
@@ -35,7 +36,7 @@ GPUS: Mapping[str, GPU] = {
     "A100": GPU(312.0, 19.5, 79.1),  # SXM, 80 GB
     "H100": GPU(989.0, 67.0, 79.1),  # SXM, 80 GB
     "H200": GPU(989.0, 67.0, 139.8),
-    "4090": GPU(165.0, 82.6, 23.5),
+    "4090": GPU(165.2, 82.6, 23.5),
     "3090": GPU(71.0, 35.6, 23.5),
 }
 
@@ -134,14 +135,25 @@ def work_of(config: Config, measured: Footprint) -> Work:
     passes = 2 if config.training.lora_rank is None else 1  # most of a LoRA's model needs no gradients of its weights
     backward = max(0, min(passes * forward, measured.step_flops - frozen - forward))
     again = max(0, measured.step_flops - frozen - forward - backward)
+    if training.gradient_checkpointing == "none":
+        backward, again = backward + again, 0
     scale = training.gradient_accumulation_steps * mean / length / 1e12
     return Work(*(scale * count for count in (forward, backward, again, frozen)))
+
+
+def steps_of(config: Config) -> int:
+    """How many a run takes, as far as that is known before its clips are."""
+    training, clips = config.training, config.data.num_clips
+    if training.max_train_epochs is None or clips is None:
+        return training.max_train_steps
+    per_step = training.batch_size * training.gradient_accumulation_steps * (training.num_gpus or 1)
+    return Limits.of(training, num_clips=clips, clips_per_step=per_step).steps
 
 
 def disk_of(config: Config, measured: Footprint) -> Disk:
     """What a run leaves on the disk, and how much of it is free."""
     training = config.training
-    steps = training.max_train_steps
+    steps = steps_of(config)
     made = math.ceil(steps / training.checkpointing_steps)
     kept = made
     if training.keep_checkpoints is not None:
@@ -167,7 +179,7 @@ def cache_bytes(config: Config) -> int | None:
 
 def as_json(plan: Plan, names: tuple[str, ...]) -> dict[str, object]:
     """Everything in a plan, in bytes, TFLOP and seconds."""
-    steps = plan.config.training.max_train_steps
+    steps = steps_of(plan.config)
     return {
         "config": asdict(plan.config),
         "parameters": dict(plan.footprint.parameters),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vdm.plan import CONTEXT, GIB, GPUS, Plan
+from vdm.plan import CONTEXT, GIB, GPUS, Plan, steps_of
 
 
 def table(plan: Plan, names: tuple[str, ...]) -> str:
@@ -20,7 +20,7 @@ def _head(plan: Plan) -> Iterator[str]:
     frames = f"{data.min_frames}-{data.max_frames}" if data.min_frames < data.max_frames else str(data.max_frames)
     clips = training.batch_size * training.gradient_accumulation_steps * (training.num_gpus or 1)
     yield (
-        f"{plan.config.name}: {training.max_train_steps:,} steps of {clips} clips ({training.num_gpus or 1} x "
+        f"{plan.config.name}: {steps_of(plan.config):,} steps of {clips} clips ({training.num_gpus or 1} x "
         f"{training.batch_size} x {training.gradient_accumulation_steps}), {frames} frames of "
         f"{data.width}x{data.height}, {training.mixed_precision}, recomputed: {training.gradient_checkpointing}"
     )
@@ -63,12 +63,12 @@ def _time(plan: Plan, names: tuple[str, ...]) -> Iterator[str]:
         seconds, gpu = plan.seconds(name), GPUS[name]
         clips = training.batch_size * training.gradient_accumulation_steps * processes
         numbers = (f"{gpu.tflops(training.mixed_precision):g}", f"{gpu.gib:g}", "yes" if plan.fits(name) else "no")
-        times = (f"{seconds:.3g}", f"{seconds * training.max_train_steps / 3600:.3g}", f"{60 * clips / seconds:.4g}")
+        times = (f"{seconds:.3g}", f"{seconds * steps_of(plan.config) / 3600:.3g}", f"{60 * clips / seconds:.4g}")
         label = name if processes == 1 else f"{processes} x {name}"
         yield f"  {label:18}" + "".join(f"{one:>12}" for one in (*numbers, *times))
     if processes > 1:
         hours = ", ".join(
-            f"{plan.seconds(name) * training.max_train_steps / 3600 * processes:.3g} on {name}" for name in names
+            f"{plan.seconds(name) * steps_of(plan.config) / 3600 * processes:.3g} on {name}" for name in names
         )
         yield f"GPU hours: {hours}"
     for name in names:

@@ -123,7 +123,7 @@ def warnings(run: Run) -> list[str]:
         found.append(
             f"{skipped} steps were skipped, for their loss or gradient was not finite; the run said which clips"
         )
-    if "loss" not in last:
+    if "loss" not in last and last["step"] > 0:  # step 0 has none, being what was before the first
         found.append(f"the loss of step {last['step']} is not finite")
     return found
 

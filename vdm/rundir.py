@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from vdm.files import is_file
 from vdm.training.environment import read_starts
 from vdm.training.preview import CAPTIONS
 
+LARGEST = 1e150
 Record = dict[str, float]  # the numbers of a step by name, "step" among them; those that are not finite are left out
 
 
@@ -96,15 +96,16 @@ def _records(text: str) -> list[Record]:
     for line in text.splitlines():
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            by_step[found["step"]] = {
-                name: value
-                for name, value in found.items()
-                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            }
+        if isinstance(found, dict) and _is_number(found.get("step")):
+            by_step[found["step"]] = {name: value for name, value in found.items() if _is_number(value)}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_number(value: object) -> bool:
+    """Whether it can be drawn: the squares of larger numbers cannot be held."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _previews(samples: Path) -> Iterator[Preview]:
@@ -118,7 +119,7 @@ def _previews(samples: Path) -> Iterator[Preview]:
 def _captions(file: Path, *, count: int) -> list[str]:
     try:
         found = json.loads(_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     known = [str(caption) for caption in found] if isinstance(found, list) else []
     return (known + [f"clip {number}" for number in range(len(known), count)])[:count]

@@ -188,13 +188,21 @@ def test_a_bad_clip_of_one_process_is_named_and_skipped_by_all(tmp_path: Path, w
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["vae", "text"])
-def test_the_other_tasks_shard_too(tmp_path: Path, task: str) -> None:
+def test_the_other_tasks_in_two_processes(tmp_path: Path, task: str) -> None:
     """The counterexamples of a text tower are those of its micro-step, so the two have it alike."""
     more = (f"training.task={task}", "training.max_train_steps=2", "data.validation_clips=4")
     alone = trained(tmp_path / "alone", (1, "training.batch_size=2", "training.gradient_accumulation_steps=2", *more))
-    sharded = trained(tmp_path / "sharded", (2, "training.batch_size=2", "training.parallel=fsdp", *more))
-    assert log(sharded, "loss") == pytest.approx(log(alone, "loss"), rel=1e-5)
-    assert len(log(sharded, "loss")) == 2
+    two = trained(tmp_path / "two", (2, "training.batch_size=2", *more))
+    assert log(two, "loss") == pytest.approx(log(alone, "loss"), rel=1e-5)
+    assert len(log(two, "loss")) == 2
+
+
+@pytest.mark.slow
+def test_a_resume_is_verified_in_two_processes_too(tmp_path: Path) -> None:
+    done = run(torchrun(2, *RUN, *WAYS["ddp on 2"][1:], f"run_dir={tmp_path / 'run'}", "--verify_resume"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("3 steps, a restart and 3 more are 6 steps, bit for bit") == 1
+    assert not list(tmp_path.glob(".verify-resume-*"))
 
 
 @pytest.mark.slow
@@ -226,6 +234,8 @@ def test_told_to_stop_all_of_them_save_and_end(tmp_path: Path) -> None:
     [
         (("training.num_gpus=1",), "training.num_gpus is 1, but processes are 2"),
         (("data.num_clips=1", "training.batch_size=1"), "there are 1 training clips for 2 processes"),
+        (("training.effective_batch_size=2", "training.batch_size=2"), "is 2, but with 2 processes a step has 4 clips"),
+        (("training.parallel=fsdp", "training.task=vae"), "set training.parallel=ddp"),
         (("training.batch_size=zwei",), "training.batch_size must be a whole number"),
     ],
 )

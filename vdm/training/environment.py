@@ -34,7 +34,7 @@ def read_starts(run_dir: Path) -> list[dict[str, object]]:
     """All records of a run; none where there is no file, or one that is not ours."""
     try:
         found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
 

@@ -11,6 +11,7 @@ from vdm import checkpoint, dist
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch
 from vdm.errors import CannotWrite
+from vdm.files import replacing
 from vdm.training.diagnostics import alarms, losses_of, summary
 from vdm.training.environment import record_start
 from vdm.training.kinds import build_task, warn_of_random_parts
@@ -41,7 +42,8 @@ def train(config: Config, *, resume: str | None = None) -> Path:
             task.start_from(Path(config.training.init_from))
             trainer.ema = trainer.new_ema()
         if dist.is_main():
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            with replacing(run_dir / "config.yaml", remedy="free space there or choose another run_dir") as file:
+                file.write_text(to_yaml(config), encoding="utf-8")
             record_start(run_dir, step=trainer.step, device=task.device)
         return Loop(trainer).run()
 

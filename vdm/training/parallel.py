@@ -18,8 +18,6 @@ from vdm.errors import UserError
 from vdm.training.recompute import blocks, recomputed
 from vdm.training.settings import AUTOCAST, Recompute, TrainingConfig
 
-# Methods through which a forward pass enters a module, beside `forward` itself.
-ENTRANCES = ("pooled_and_context", "encode", "decode")
 Losses = Callable[[Batch], dict[str, Tensor]]
 
 
@@ -53,7 +51,9 @@ class Replicas:
         if dist.size() > 1:
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its new name is too new
             # No buffer needs to be sent around: what they hold is either constant or united when it is saved.
-            self._replicas = DistributedDataParallel(_Together(modules, losses), broadcast_buffers=False)
+            self._replicas = DistributedDataParallel(
+                _Together(modules, losses), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
             self.losses = self._replicas
 
     @contextmanager
@@ -93,9 +93,8 @@ class Shards:
                 fully_shard(block, mp_policy=policy)
             # After validation too the weights are to be shares again, which nothing but this sees to.
             fully_shard(module, mp_policy=policy, reshard_after_forward=True)
-            for name in ENTRANCES:
-                if hasattr(module, name):
-                    register_fsdp_forward_method(module, name)
+            if hasattr(module, "pooled_and_context"):
+                register_fsdp_forward_method(module, "pooled_and_context")
         self._roots = [module for module in modules.values() if isinstance(module, FSDPModule)]
         # Nothing changes an output in place, which is what it warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -129,13 +128,19 @@ def parallelize(
     return Replicas(modules, losses)
 
 
-def require_possible(settings: TrainingConfig, *, num_clips: int) -> None:
-    """Raise UserError where so many processes cannot train so, or are not as many as is said."""
-    claimed, there = settings.num_gpus, dist.size()
+def require_possible(settings: TrainingConfig, *, there: int, num_clips: int) -> None:
+    """Raise UserError where `there` processes cannot train so, or are not as many as is said."""
+    claimed = settings.num_gpus
     if claimed not in (None, there):
         raise UserError(
             f"training.num_gpus is {claimed}, but processes are {there}: start torchrun "
             f"--nproc_per_node={claimed} train.py ..., or set training.num_gpus={there} and effective_batch_size"
+        )
+    clips = settings.batch_size * settings.gradient_accumulation_steps * there
+    if settings.effective_batch_size not in (None, clips):
+        raise UserError(
+            f"training.effective_batch_size is {settings.effective_batch_size}, but with {there} processes a step has "
+            f"{clips} clips; set it so, or change batch_size or gradient_accumulation_steps"
         )
     if num_clips < there:
         raise UserError(
@@ -148,6 +153,11 @@ def require_possible(settings: TrainingConfig, *, num_clips: int) -> None:
         )
     if there == 1 or settings.parallel == "ddp":
         return
+    if settings.task != "unet":
+        raise UserError(
+            f"training.parallel=fsdp shares out a UNet; what training.task={settings.task} trains is small: set "
+            "training.parallel=ddp"
+        )
     whole: dict[str, object] = {
         "optimizer": "adamw",
         "optimizer_states": "fp32",

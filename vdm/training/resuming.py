@@ -15,8 +15,8 @@ from vdm.errors import UserError
 # What the weights and moments of a checkpoint are made for, by the part that has to be in it.
 FIXED = {
     "": ("training.task", "training.optimizer", "training.optimizer_states", "training.weights_dtype",
-         "training.lora_rank", "diffusion.prediction_type",
-         "diffusion.num_train_timesteps"),
+         "training.lora_", "diffusion.prediction_type", "diffusion.num_train_timesteps", "diffusion.beta",
+         "diffusion.zero", "diffusion.noise_shift", "diffusion.trained_betas"),
     "unet": ("model.",), "vae": ("vae.",), "text": ("text.",),
 }  # fmt: skip
 FREE = ("model.dropout", "model.temporal_dropout", "model.max_num_frames", "vae.vae_weights", "text.text_weights")
@@ -24,6 +24,8 @@ FREE = ("model.dropout", "model.temporal_dropout", "model.max_num_frames", "vae.
 NO_MATTER = ("name", "run_dir", "training.init_from", "vae.vae_weights", "text.text_weights", "training.num_gpus")
 # What the stream of clips and the draws depend on.
 STREAM = ("seed", "data.", "training.batch_size", "training.gradient_accumulation_steps")
+HOW_READ = ("data.dataloader_num_workers", "data.pin_memory", "data.decode_timeout", "data.max_bad_share",
+            "data.cache_latents", "data.cache_dir", "data.validation_clips")  # fmt: skip
 
 
 def starting_point(run_dir: Path, resume: str | None) -> Path | None:
@@ -31,7 +33,7 @@ def starting_point(run_dir: Path, resume: str | None) -> Path | None:
 
     Processes that torchrun has started anew resume in any case. Raises UserError.
     """
-    if resume is None and dist.restarts() > 0:
+    if dist.restarts() > 0 and (resume is None or checkpoint.list_checkpoints(run_dir)):
         resume = "latest"
     if resume is None:
         if checkpoint.list_checkpoints(run_dir) or (run_dir / "final").exists():
@@ -40,7 +42,13 @@ def starting_point(run_dir: Path, resume: str | None) -> Path | None:
             )
         return None
     if resume != "latest":
-        checkpoint.verify(resume)
+        step = int(checkpoint.verify(resume).info.get("step", 0))
+        later = [path.name for path in checkpoint.list_checkpoints(run_dir) if checkpoint.step_of(path) > step]
+        if later:  # of another branch, which "latest" and the rule of what stays could not tell from this one
+            raise UserError(
+                f"{run_dir} holds later checkpoints than {resume} ({', '.join(later)}); go on from that in another "
+                "run_dir, or move them away"
+            )
         return Path(resume)
     newest = checkpoint.latest(run_dir)
     print(f"resuming from {newest}" if newest else f"no checkpoint in {run_dir} yet: starting afresh")
@@ -69,13 +77,18 @@ def require_same_run(config: Config, start: Path) -> None:
     wrong = {key: said for key, said in changed.items() if key.startswith(fixed) and key not in FREE}
     allowed = {key: said for key, said in changed.items() if key not in wrong}
     may = "" if not allowed else f"; {_listed(allowed)} may differ"
+    whole = "training.init_from=" + str(start) if theirs.training.lora_rank is None else "its model"
     if wrong:
         raise UserError(
             f"{start} was made with other settings that a resumed run may not change: {_listed(wrong)}{may}; "
-            f"set those back, or start a new run with training.init_from={start}"
+            f"set those back, or start a new run from {whole}"
         )
     if allowed and dist.is_main():
-        other = " (other clips or draws from here on)" if any(key.startswith(STREAM) for key in allowed) else ""
+        other = (
+            " (other clips or draws from here on)"
+            if any(key.startswith(STREAM) and key not in HOW_READ for key in allowed)
+            else ""
+        )
         print(f"note: {start.name} was made with other settings, which may differ: {_listed(allowed)}{other}")
         sys.stdout.flush()
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # values that share a scale
+SLICE = 2**22  # values that are rounded at a time
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -46,6 +47,9 @@ def quantise(x: Tensor, code: Tensor, generator: torch.Generator) -> tuple[Tenso
 
     Rounded stochastically; but what is above 0 in a code without a sign stays above 0, for it is to be divided by.
     """
+    if x.numel() > SLICE:  # what is needed for a moment is a dozen times as large
+        pieces = [quantise(piece, code, generator) for piece in x.reshape(-1).split(SLICE)]
+        return torch.cat([index for index, _ in pieces]), torch.cat([scale for _, scale in pieces])
     values = F.pad(x.reshape(-1), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     scale = values.abs().amax(1)
     values = values / scale.clamp(min=TINY)[:, None]

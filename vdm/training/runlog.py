@@ -12,6 +12,7 @@ import cv2
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vdm.files import replacing
 from vdm.training.preview import SHEET
 
 
@@ -32,15 +33,10 @@ class RunLog:
         """
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record["step"] <= step and step > 0:
-                kept.append(line + "\n")
-        self.path.write_text("".join(kept), encoding="utf-8")
+        lines = self.path.read_bytes().decode("utf-8", "replace").splitlines()
+        kept = [line + "\n" for line in lines if step > 0 and 0 <= _step_of(line) <= step]
+        with replacing(self.path) as file:
+            file.write_text("".join(kept), encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers of a step; TensorBoard gets them as scalars."""
@@ -78,6 +74,16 @@ class RunLog:
         for file in (self._file, self._board):
             with suppress(OSError):  # what a full disk has kept them from writing
                 file.close()
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the log; -1 where it has none, being damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return -1
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else -1
 
 
 class NoLog:

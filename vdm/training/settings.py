@@ -136,10 +136,11 @@ class TrainingConfig:
         raise UserError(f"training.{name} must be {wanted}, got {value}")
 
     def _check_effective_batch_size(self) -> None:
-        """The two numbers that restate the others must agree with them."""
+        """The two numbers that restate the others must agree with them; how many processes there are shows later."""
         processes = self.num_gpus or 1
         actual = self.batch_size * self.gradient_accumulation_steps * processes
-        if self.effective_batch_size not in (None, actual):
+        more = self.num_gpus is None and (self.effective_batch_size or 0) % actual == 0
+        if self.effective_batch_size not in (None, actual) and not more:
             raise UserError(
                 f"training.effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x num_gpus {processes} is {actual}; "

@@ -82,7 +82,7 @@ def _load_optimizer(trainer: Trainer, state: Mapping[str, Any], path: Path) -> N
     if differ := sorted({*ours} ^ {*theirs}):
         raise UserError(
             f"{path} is of a run in which other layers are frozen ({differ[0]} is one of {len(differ)}); set "
-            "training.spatial_learning_rate and temporal_learning_rate to 0 where they were, or begin a run from "
+            "those of training.spatial_, temporal_ and text_learning_rate to 0 that were, or begin a run from "
             "its weights with training.init_from"
         )
     numbered = [p for group in optimizer.param_groups for p in group["params"]]

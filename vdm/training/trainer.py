@@ -46,7 +46,7 @@ class Trainer:
         self.settings = config.training
         self.step = 0
         self.clips, self.held_out = task.dataset("train"), task.dataset("validation")
-        require_possible(self.settings, num_clips=self.clips.num_clips)
+        require_possible(self.settings, there=dist.size(), num_clips=self.clips.num_clips)
         self.trained = task.trained()
         if self.settings.weights_dtype == "bf16":
             for module in task.rounded().values():
@@ -178,9 +178,11 @@ class Trainer:
     def _backward(self, loss: Tensor) -> None:
         if self.in_backward is None:
             self.scaler.scale(loss).backward()
-        elif torch.isfinite(loss):  # else nothing may move
+        elif torch.isfinite(loss):
             with self.in_backward.armed():
                 loss.backward()
+        else:  # nothing may move
+            self.in_backward.norm = math.nan
 
     def _clip(self) -> float:
         """Clip the gradients, where they are still there; returns their norm before that."""
@@ -279,7 +281,8 @@ class Trainer:
 
     def _begin(self, path: Path) -> None:
         seconds = round(self.clock.seconds(), 3)
-        about = {"step": self.step, "task": self.settings.task, "seconds": seconds}
+        about: dict[str, object] = {"step": self.step, "task": self.settings.task, "seconds": seconds}
+        about["clips_per_step"] = self.clips.batch_size
         contents = Contents(
             config_yaml=to_yaml(self.config),
             weights=all_weights(self),
@@ -316,6 +319,13 @@ class Trainer:
         for name, ours in self.task.identity().items():
             if info.get(name) != ours:
                 raise UserError(f"{path} is of a run with {name} {info.get(name)}, not {ours}; resume it with that")
+        if int(info["step"]) > self.limits.steps:
+            raise UserError(
+                f"{path} is beyond the {self.limits.steps} steps of this run; raise training.max_train_steps"
+            )
+        before, now = info.get("clips_per_step"), self.clips.batch_size
+        if before not in (None, now) and dist.is_main():
+            print(f"note: a step has {now} clips, where {path.name} had {before} (other clips from here on)")
         state = load_state(self, path)
         self.task.came_from(path)
         self.faults = Faults(**state.get("faults", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdm import checkpoint
+from vdm import checkpoint, dist
 from vdm.config import Config
-from vdm.errors import Failure, UserError
+from vdm.errors import Failure
 from vdm.training.loop import train
 
 STEPS = 3  # of each half
@@ -21,40 +22,50 @@ STEPS = 3  # of each half
 def verify_resume(config: Config) -> None:
     """Train 2N steps at a stretch, and N, a restart and N more, in folders of their own that vanish afterwards.
 
-    Learning rates, clips and all draws are those of the real run's first steps. Raises Failure that names what differs.
+    Clips and all draws are those of the real run's first steps, and so are learning rates but for limits of epochs and
+    hours, which are left out. Raises Failure that names what differs, or that it was interrupted.
     """
-    steps = min(STEPS, config.training.max_train_steps // 2)
-    if steps < 1:
-        raise UserError("training.max_train_steps=1 cannot be halved; set it to 2 or more")
     parent = Path(config.run_dir).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".verify-resume-", dir=parent) as folder:
-        whole, halves = Path(folder) / "whole", Path(folder) / "halves"
-        left = train(_run(config, whole, stop=2 * steps))
-        train(_run(config, halves, stop=steps))
-        right = train(_run(config, halves, stop=2 * steps), resume="latest")
-        differ = list(differences(left, right))
+    with dist.together():
+        made = ""
+        if dist.is_main():
+            parent.mkdir(parents=True, exist_ok=True)
+            made = tempfile.mkdtemp(prefix=".verify-resume-", dir=parent)
+        folder = Path(dist.from_main(made))
+        try:
+            left = _trained(config, folder / "whole", stop=2 * STEPS)
+            _trained(config, folder / "halves", stop=STEPS)
+            right = _trained(config, folder / "halves", stop=2 * STEPS, resume="latest")
+            differ = dist.from_main(list(differences(left, right)) if dist.is_main() else [])
+        finally:
+            if dist.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
     if differ:
         raise Failure(
-            f"after {2 * steps} steps with a restart amid them {len(differ)} things differ: {differ[0]} first"
+            f"after {2 * STEPS} steps with a restart amid them {len(differ)} things differ: {differ[0]} first"
         )
-    print(f"{steps} steps, a restart and {steps} more are {2 * steps} steps, bit for bit")
+    if dist.is_main():
+        print(f"{STEPS} steps, a restart and {STEPS} more are {2 * STEPS} steps, bit for bit")
 
 
-def _run(config: Config, run_dir: Path, *, stop: int) -> Config:
-    """The run with nothing but steps, to end after `stop` of them; with a clock no two runs were alike."""
-    most = config.training.max_train_steps
+def _trained(config: Config, run_dir: Path, *, stop: int, resume: str | None = None) -> Path:
+    """The checkpoint after `stop` steps of a run with nothing but steps, which is to go on for longer."""
     training = replace(
         config.training,
-        stop_after_steps=None if stop == most else stop,
+        max_train_steps=max(config.training.max_train_steps, 2 * STEPS + 1),
+        max_train_epochs=None,
         max_train_hours=None,
+        stop_after_steps=stop,
         checkpointing_steps=stop,
         keep_checkpoints=None,
         validation_steps=0,
         preview_steps=0,
         rehearsal=False,
     )
-    return replace(config, run_dir=str(run_dir), training=training)
+    reached = train(replace(config, run_dir=str(run_dir), training=training), resume=resume)
+    if reached.name != f"checkpoint-{stop}":
+        raise Failure("it was interrupted before it could compare anything")
+    return reached
 
 
 def differences(left: Path, right: Path) -> Iterator[str]:
