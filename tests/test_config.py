@@ -167,7 +167,7 @@ REFUSED = [
     ("context_dim: 256", "model.context_dim=256 must equal text.text_width=1024"),
     ("max_num_frames: 8\nmin_frames: 8\nmax_frames: 8", "sampling.num_frames=16 is more than model.max_num_frames=8"),
     ("max_num_frames: 20\nmax_frames: 24", "data.max_frames=24 is more than model.max_num_frames=20; lower it"),
-    ("effective_batch_size: 16", "training.effective_batch_size is 16, but batch_size 4 x .* x num_gpus 1 is 4"),
+    ("effective_batch_size: 15", "training.effective_batch_size is 15, but batch_size 4 x .* x num_gpus 1 is 4"),
     ("num_gpus: 2\neffective_batch_size: 4", "training.effective_batch_size is 4, but .* x num_gpus 2 is 8"),
     ("", "config .*run.yaml must consist of lines such as `seed: 0`, got nothing"),
     ("- a\n- b", "config .*run.yaml must consist of lines such as `seed: 0`, got ['a', 'b']"),

@@ -20,7 +20,7 @@ from vdm import checkpoint
 from vdm.checkpoint import latest, list_checkpoints, load_weights
 from vdm.config import load
 from vdm.data.mini_something import write_ssv2
-from vdm.errors import CannotWrite
+from vdm.errors import CannotWrite, UserError
 from vdm.training.kinds import build_task
 from vdm.training.loop import Loop, train
 from vdm.training.signals import SIGNALS, StopRequest
@@ -99,14 +99,36 @@ def test_stopping_after_so_many_steps(command: Command, tmp_path: Path) -> None:
     assert (tmp_path / "final").is_dir()
 
 
-def test_it_stops_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
-    """Also where another run, from which it has branched off, left one of that name."""
-    common = [f"run_dir={tmp_path}", "training.checkpointing_steps=4", "training.validation_steps=0"]
-    train(load(TINY, [*common, "training.stop_after_steps=6"]))
-    before = (tmp_path / "checkpoint-6" / "unet.safetensors").read_bytes()
-    other = load(TINY, [*common, "training.stop_after_steps=6", "training.learning_rate=1e-3"])
-    train(other, resume=str(tmp_path / "checkpoint-4"))
-    assert (tmp_path / "checkpoint-6" / "unet.safetensors").read_bytes() != before
+def test_a_branch_does_not_mix_with_the_run_that_it_is_of(tmp_path: Path) -> None:
+    """Which of its checkpoints are whose, nobody could tell."""
+    common = ["training.checkpointing_steps=4", "training.validation_steps=0", "training.stop_after_steps=6"]
+    train(load(TINY, [*common, f"run_dir={tmp_path / 'run'}"]))
+    start = str(tmp_path / "run" / "checkpoint-4")
+    before = sorted((tmp_path / "run").iterdir())
+    with pytest.raises(
+        UserError, match=r"holds later checkpoints than .*checkpoint-4 \(checkpoint-6\); go on from that"
+    ):
+        train(load(TINY, [*common, f"run_dir={tmp_path / 'run'}"]), resume=start)
+    assert sorted((tmp_path / "run").iterdir()) == before
+    train(load(TINY, [*common, f"run_dir={tmp_path / 'branch'}"]), resume=start)
+    assert latest(tmp_path / "branch") == tmp_path / "branch" / "checkpoint-6"
+
+
+def test_a_damaged_log_is_no_reason_not_to_resume(tmp_path: Path) -> None:
+    common = [f"run_dir={tmp_path}", "training.checkpointing_steps=2", "training.validation_steps=0"]
+    train(load(TINY, [*common, "training.stop_after_steps=2"]))
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'{"a": 1}\n[]\n\xff\xfe\n{"step": "x"}\n{"step": 1, "lo')
+    train(load(TINY, [*common, "training.stop_after_steps=3"]), resume="latest")
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_does_not_go_back_behind_its_end(tmp_path: Path) -> None:
+    common = [f"run_dir={tmp_path}", "training.validation_steps=0", "training.stop_after_steps=5"]
+    train(load(TINY, common))
+    with pytest.raises(UserError, match="checkpoint-5 is beyond the 4 steps of this run; raise training.max_train_st"):
+        train(load(TINY, [*common, "training.max_train_steps=4"]), resume="latest")
 
 
 def test_the_best_checkpoint_has_a_loss() -> None:

@@ -36,7 +36,11 @@ def test_the_run_folder_is_complete(finished_run: Path) -> None:
     }  # fmt: skip
     weights = {"unet", "vae", "text"}
     for name, parts, info in (
-        ("checkpoint-20", weights | {"unet.ema", "text.ema"}, {"step": 20, "task": "unet", "val_loss": ANY}),
+        (
+            "checkpoint-20",
+            weights | {"unet.ema", "text.ema"},
+            {"step": 20, "task": "unet", "val_loss": ANY, "seconds": ANY, "clips_per_step": 2},
+        ),
         ("final", weights, {"step": 20, "task": "unet"}),
     ):
         manifest = verify(finished_run / name)

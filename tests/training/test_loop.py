@@ -212,6 +212,7 @@ def test_the_finished_model_is_the_averaged_one(tmp_path: Path) -> None:
     assert read_manifest(final).info == {"step": 3, "task": "unet"}
     assert read_manifest(last).info == {
         "step": 3,
+        "clips_per_step": 2,
         "task": "unet",
         "seconds": pytest.approx(30, abs=30),
         "val_loss": pytest.approx(records(tmp_path)[-1]["val_loss"]),

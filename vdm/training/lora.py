@@ -170,12 +170,14 @@ class LoRATask(UNetTask):
     def came_from(self, path: Path) -> None:
         """No part of the model is in a checkpoint."""
 
-    def write_final(self, path: Path, weights: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, object]) -> None:
+    def write_final(
+        self, path: Path, config: Config, weights: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, object]
+    ) -> None:
         """Write the LoRA as PEFT does, `adapter_model.safetensors` and `adapter_config.json`."""
         checkpoint.save_checkpoint(
             path,
-            config_yaml=to_yaml(self.config),
-            weights={"adapter_model": peft_state(weights["lora"], self.config.model)},
+            config_yaml=to_yaml(config),
+            weights={"adapter_model": peft_state(weights["lora"], config.model)},
             info={**info, **self.identity()},
             notes=self.notes(),
         )

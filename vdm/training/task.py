@@ -83,9 +83,11 @@ class Task(ABC):
         """Those of `modules` whose weights learn as `training.weights_dtype`."""
         return self.trained()
 
-    def write_final(self, path: Path, weights: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, object]) -> None:
-        """Write the finished model, of which `weights` are those of `whole`."""
-        save_parts(path, self.config, weights, info=info)
+    def write_final(
+        self, path: Path, config: Config, weights: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, object]
+    ) -> None:
+        """Write the finished model, of which `weights` are those of `whole` and `config` is the run's."""
+        save_parts(path, config, weights, info=info)
 
     def came_from(self, path: Path) -> None:
         """Parts that training does without are henceforth made from the checkpoint `path`."""

@@ -339,5 +339,5 @@ class Trainer:
         final = self.run_dir / "final"
         weights = finished_weights(self)
         if dist.is_main():
-            self.task.write_final(final, weights, {"step": self.step, "task": self.settings.task})
+            self.task.write_final(final, self.config, weights, {"step": self.step, "task": self.settings.task})
         return final
