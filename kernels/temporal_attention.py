@@ -105,7 +105,12 @@ def _exponentials(scores_NFJ, keys_J, SCALE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, ACC: tl.constexpr):
-    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+    if a.shape[0] == 1:  # products of two axes are shared among the warps; of three, whole matrices are
+        a2, b2 = tl.reshape(a, a.shape[1], a.shape[2]), tl.reshape(b, b.shape[1], b.shape[2])
+        product = tl.expand_dims(tl.dot(a2, b2, input_precision="ieee", out_dtype=ACC), 0)
+    else:
+        product = tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+    return product
 
 
 @triton.jit
@@ -193,10 +198,23 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 
 
 def block_sizes(frames: int, head_dim: int, dtype: torch.dtype, *, backward: bool) -> dict[str, int]:
-    """What a program takes at a time, chosen so that all of it stays in registers (see tests/kernels)."""
+    """What a program takes at a time, and its warps: found by compiling, so that nothing spills out of registers.
+
+    `python -m kernels.offline` shows it. The exception is float32 beyond 32 frames, backward: it spills, and is slow.
+    """
+    wide = dtype in (torch.float32, torch.float64)
     block_f = max(16, triton.next_power_of_2(frames))
-    block_d = min(max(16, triton.next_power_of_2(head_dim)), 64)
-    return {"BLOCK_P": max(1, 64 // block_f), "BLOCK_F": block_f, "BLOCK_D": block_d, "num_warps": 4}
+    block_d, warps = min(max(16, triton.next_power_of_2(head_dim)), 64), 4
+    if block_f == 64:
+        block_d, warps = min(block_d, 16 if wide else 32), 16 if wide and backward else 8
+    elif block_f == 32 and wide:
+        warps = 8
+    return {
+        "BLOCK_P": max(1, (32 if wide else 64) // block_f),
+        "BLOCK_F": block_f,
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+    }
 
 
 def constants(qkv: Tensor, *, masked: bool, scale: float, backward: bool) -> dict[str, object]:
