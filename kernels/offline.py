@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -13,15 +14,15 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import geglu
 from kernels import temporal_attention as attention
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 ARCHITECTURES = (80, 90)
-SHAPES = ((16, 64), (24, 64), (64, 64), (16, 40), (64, 128))  # frames, head width
+SHAPES = ((16, 64), (24, 64), (64, 64), (16, 40), (24, 128))  # frames, head width
 
 
 def ptxas() -> str | None:
@@ -33,7 +34,7 @@ def ptxas() -> str | None:
 def resources(kernel, arguments: Mapping[str, object], *, arch: int) -> dict[str, int]:
     """`registers` of a thread, `spills` (bytes) and `shared` (bytes of a program) of a kernel called with `arguments`.
 
-    Pointers are as aligned as torch's allocations; a whole number counts as divisible by 16 where it is, as in a launch.
+    Pointers are aligned as allocations are; whole numbers count as divisible by 16 where they are, as in a launch.
     """
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     signature, constants, attributes = {}, {}, {}
@@ -68,9 +69,7 @@ def attention_resources(
 ) -> dict[str, int]:
     """`resources` of temporal attention on the packed output of a projection to 5 heads, at 1,024 positions."""
     qkv = torch.empty(2, frames, 1024, 3, 5, head_dim, dtype=dtype, device="meta")
-    arguments: dict[str, object] = attention.constants(
-        qkv, masked=masked, scale=head_dim**-0.5, backward=backward
-    )
+    arguments: dict[str, object] = attention.constants(qkv, masked=masked, scale=head_dim**-0.5, backward=backward)
     arguments |= {name: dtype for name in ("qkv", "mask", "out", "grad", "dqkv")}
     arguments |= {"F": frames, "P": 1024, "H": 5, "mask_sb": frames, "mask_sf": 1}
     arguments |= dict(zip(("sb", "sf", "sp", "sj", "sh", "sd"), qkv.stride(), strict=True))
@@ -79,17 +78,30 @@ def attention_resources(
     return resources(kernel, arguments, arch=arch)
 
 
+def geglu_resources(width: int, dtype: torch.dtype, *, backward: bool, arch: int) -> dict[str, int]:
+    """`resources` of the gate on a projection to 2 * `width` channels."""
+    arguments: dict[str, object] = geglu.constants(width, dtype)
+    arguments |= {name: dtype for name in ("x", "out", "grad", "dx")}
+    arguments |= {"R": 4096, "W": width, "sr": 2 * width, "sw": 1, "gr": width, "gw": 1}
+    return resources(geglu._backward_kernel if backward else geglu._forward_kernel, arguments, arch=arch)
+
+
 def table() -> Iterator[str]:
-    yield "| sm | type | frames | head | pass | registers | spilled bytes | shared bytes |\n" + "|---" * 8 + "|"
-    for arch in ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for frames, head_dim in SHAPES:
-                for backward in (False, True):
-                    found = attention_resources(frames, head_dim, dtype, backward=backward, arch=arch)
-                    name = "backward" if backward else "forward"
-                    yield f"| {arch} | {NAMES[dtype]} | {frames} | {head_dim} | {name} | " + " | ".join(
-                        str(found[key]) for key in ("registers", "spills", "shared")
-                    ) + " |"
+    """Every kernel at the widths of the UNet, a row each."""
+    yield "| sm | kernel | type | frames | width | pass | registers | spilled bytes | shared bytes |"
+    yield "|---" * 9 + "|"
+    cases = itertools.product(ARCHITECTURES, (torch.bfloat16, torch.float16, torch.float32), (False, True))
+    for arch, dtype, backward in cases:
+        name = "backward" if backward else "forward"
+        for frames, head_dim in SHAPES:
+            found = attention_resources(frames, head_dim, dtype, backward=backward, arch=arch)
+            yield _row(arch, "attention", NAMES[dtype], frames, head_dim, name, *found.values())
+        found = geglu_resources(1280, dtype, backward=backward, arch=arch)
+        yield _row(arch, "geglu", NAMES[dtype], "", 1280, name, *found.values())
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

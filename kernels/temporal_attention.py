@@ -207,6 +207,8 @@ def block_sizes(frames: int, head_dim: int, dtype: torch.dtype, *, backward: boo
     block_d, warps = min(max(16, triton.next_power_of_2(head_dim)), 64), 4
     if block_f == 64:
         block_d, warps = min(block_d, 16 if wide else 32), 16 if wide and backward else 8
+    elif backward and head_dim > 64:
+        block_d, warps = 32, 8
     elif block_f == 32 and wide:
         warps = 8
     return {
