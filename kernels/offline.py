@@ -1,6 +1,6 @@
 """What the kernels take of a GPU, found without one: compiled for its architecture, and assembled by Triton's ptxas.
 
-`python -m kernels.offline` prints a table. TRITON_INTERPRET must not be set.
+`python -m kernels.offline [bf16 fp16 fp32]` prints a table, all three types by default. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,11 +87,11 @@ def geglu_resources(width: int, dtype: torch.dtype, *, backward: bool, arch: int
     return resources(geglu._backward_kernel if backward else geglu._forward_kernel, arguments, arch=arch)
 
 
-def table() -> Iterator[str]:
+def table(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
     """Every kernel at the widths of the UNet, a row each."""
     yield "| sm | kernel | type | frames | width | pass | registers | spilled bytes | shared bytes |"
     yield "|---" * 9 + "|"
-    cases = itertools.product(ARCHITECTURES, (torch.bfloat16, torch.float16, torch.float32), (False, True))
+    cases = itertools.product(ARCHITECTURES, dtypes, (False, True))
     for arch, dtype, backward in cases:
         name = "backward" if backward else "forward"
         for frames, head_dim in SHAPES:
@@ -105,5 +106,6 @@ def _row(*cells: object) -> str:
 
 
 if __name__ == "__main__":
-    for line in table():
+    chosen = [dtype for dtype, name in NAMES.items() if name in (sys.argv[1:] or ("bf16", "fp16", "fp32"))]
+    for line in table(chosen):
         print(line, flush=True)

@@ -14,9 +14,9 @@ from kernels import reference
 from kernels.geglu import geglu, run_backward, run_forward
 
 
-def errors(x: Tensor, dtype: torch.dtype) -> list[float]:
-    """Of the output and the gradient, in `dtype`, against the reference in float64 on the same numbers."""
-    ours = x.to(dtype).detach().requires_grad_()
+def errors(x: Tensor) -> list[float]:
+    """Of the output and the gradient, against the reference in float64 on the same numbers."""
+    dtype, ours = x.dtype, x.detach().requires_grad_()
     exact = ours.detach().double().requires_grad_()
     out, expected = geglu(ours), reference.geglu(exact)
     grad = randn(*expected.shape, seed=1).to(dtype)
@@ -33,27 +33,27 @@ def test_the_reference_is_a_product_with_the_normal_distribution() -> None:
     torch.testing.assert_close(reference.geglu(x), x[:, :5] * x[:, 5:] * normal)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     st.lists(st.integers(1, 5), max_size=3),
     st.sampled_from([1, 3, 16, 255, 257, 320]),
     st.sampled_from(["packed", "transposed", "every other", "shared"]),
 )
 def test_forward_and_backward_in_float32(leading: list[int], width: int, layout: str) -> None:
-    x = randn(*leading, 2 * width)
+    x = 3.0 * randn(*leading, 2 * width).float()
     if layout == "transposed":
-        x = randn(2 * width, *leading).movedim(0, -1)
+        x = randn(2 * width, *leading).float().movedim(0, -1)
     elif layout == "every other":
-        x = randn(*leading, 4 * width)[..., ::2]
+        x = randn(*leading, 4 * width).float()[..., ::2]
     elif layout == "shared":
-        x = randn(2 * width).expand(*leading, -1)
-    found = errors(3.0 * x if layout == "packed" else x, torch.float32)
+        x = randn(2 * width).float().expand(*leading, -1)
+    found = errors(x)
     assert max(found) < 1e-5, found
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 def test_other_types(dtype: torch.dtype, tolerance: float) -> None:
-    assert max(errors(randn(5, 2 * 40), dtype)) < tolerance
+    assert max(errors(randn(5, 2 * 40).to(dtype))) < tolerance
 
 
 def test_far_from_zero_it_is_linear_or_nothing() -> None:
@@ -64,8 +64,12 @@ def test_far_from_zero_it_is_linear_or_nothing() -> None:
     assert x.grad is not None and x.grad.tolist() == [[40.0, 0.0, 2.0, 0.0]]
 
 
-def test_gradcheck_and_opcheck() -> None:
-    assert torch.autograd.gradcheck(geglu, (randn(2, 3, 6).requires_grad_(),))
+def test_gradcheck() -> None:
+    assert torch.autograd.gradcheck(geglu, (randn(2, 4).requires_grad_(),))
+
+
+@pytest.mark.slow
+def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.vdm.geglu.default, (randn(2, 3, 6).float().requires_grad_(),))
     torch.library.opcheck(torch.ops.vdm.geglu_backward.default, (randn(2, 3).float(), randn(2, 6).float()))
 

@@ -19,15 +19,17 @@ LENGTHS = [1, 2, 7, 16, 17, 24, 33, 64]
 LAYOUTS = ["packed", "reordered", "every other", "shared"]
 
 
-def packed(B: int, F: int, P: int, H: int, D: int, *, layout: str = "packed", seed: int = 0) -> Tensor:
-    """Random qkv (B, F, P, 3, H, D) in float64, laid out in one of LAYOUTS."""
+def packed(
+    B: int, F: int, P: int, H: int, D: int, *, layout: str = "packed", dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Random qkv (B, F, P, 3, H, D), laid out in one of LAYOUTS."""
     if layout == "reordered":  # heads outside, frames next to channels
-        return randn(B, 3, H, P, D, F, seed=seed).permute(0, 5, 3, 1, 2, 4)
+        return randn(B, 3, H, P, D, F).to(dtype).permute(0, 5, 3, 1, 2, 4)
     if layout == "every other":
-        return randn(B, 2 * F, P, 3, H, 2 * D, seed=seed)[:, ::2, ..., ::2]
+        return randn(B, 2 * F, P, 3, H, 2 * D).to(dtype)[:, ::2, ..., ::2]
     if layout == "shared":  # all positions are one in memory
-        return randn(B, F, 1, 3, H, D, seed=seed).expand(-1, -1, P, -1, -1, -1)
-    return randn(B, F, P, 3, H, D, seed=seed)
+        return randn(B, F, 1, 3, H, D).to(dtype).expand(-1, -1, P, -1, -1, -1)
+    return randn(B, F, P, 3, H, D).to(dtype)
 
 
 def random_mask(B: int, F: int) -> Tensor:
@@ -37,12 +39,9 @@ def random_mask(B: int, F: int) -> Tensor:
     return mask.to(DEVICE)
 
 
-def errors(
-    qkv: Tensor, dtype: torch.dtype, *, key_mask: Tensor | None = None, scale: float | None = None
-) -> list[float]:
-    """Of the output and the gradient, in `dtype`, against the reference in float64 on the same numbers."""
-    ours = qkv.to(dtype).detach().requires_grad_()
-    assert ours.stride() == qkv.stride() or 0 in qkv.stride()
+def errors(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> list[float]:
+    """Of the output and the gradient, against the reference in float64 on the same numbers."""
+    dtype, ours = qkv.dtype, qkv.detach().requires_grad_()
     exact = ours.detach().double().requires_grad_()
     grad = randn(*qkv.shape[:3], *qkv.shape[4:], seed=1).to(dtype)
     out = temporal_attention(ours, key_mask=key_mask, scale=scale)
@@ -80,59 +79,79 @@ def test_the_reference_has_gradients_where_a_clip_has_no_key() -> None:
 # The kernel
 
 
-@settings(max_examples=20)
+@pytest.mark.parametrize("frames", [1, 7, 17, 24, 33])
+@settings(max_examples=2)
 @given(
-    st.tuples(st.integers(1, 2), st.sampled_from(LENGTHS), st.integers(1, 5), st.integers(1, 2)),
-    st.sampled_from([16, 24, 40, 64, 96, 128]),
+    st.sampled_from([(1, 3, 1), (2, 1, 1), (1, 2, 2)]),
+    st.sampled_from([16, 40, 64]),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+)
+def test_forward_and_backward_in_float32(
+    frames: int, sizes: tuple[int, int, int], D: int, layout: str, masked: bool
+) -> None:
+    B, P, H = sizes
+    key_mask = random_mask(B, frames) if masked and B > 1 else None
+    found = errors(packed(B, frames, P, H, D, layout=layout, dtype=torch.float32), key_mask=key_mask)
+    assert max(found) < 1e-5, found
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 64), st.integers(1, 5), st.integers(1, 2)),
+    st.integers(1, 128),
     st.sampled_from(LAYOUTS),
     st.booleans(),
     st.sampled_from([None, 0.05, 1.0]),
 )
-def test_forward_and_backward_in_float32(
+def test_any_shape_and_layout(
     shape: tuple[int, int, int, int], D: int, layout: str, masked: bool, scale: float | None
 ) -> None:
-    qkv = packed(*shape, D, layout=layout)
-    found = errors(qkv, torch.float32, key_mask=random_mask(*shape[:2]) if masked else None, scale=scale)
+    qkv = packed(*shape, D, layout=layout, dtype=torch.float32)
+    found = errors(qkv, key_mask=random_mask(*shape[:2]) if masked else None, scale=scale)
     assert max(found) < 1e-5, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", range(1, 65))
-@pytest.mark.parametrize("masked", [False, True])
-def test_every_length(frames: int, masked: bool) -> None:
-    found = errors(packed(2, frames, 3, 1, 32), torch.float32, key_mask=random_mask(2, frames) if masked else None)
+def test_every_length(frames: int) -> None:
+    key_mask = torch.arange(frames, device=DEVICE)[None] % 3 < 2
+    found = errors(packed(1, frames, 2, 1, 16, dtype=torch.float32), key_mask=key_mask)
     assert max(found) < 1e-5, found
 
 
-@pytest.mark.parametrize("frames", [7, 24, 33])
+@pytest.mark.parametrize("frames", [7, 24])
 def test_float64_is_exact(frames: int) -> None:
-    assert max(errors(packed(2, frames, 2, 2, 24), torch.float64, key_mask=random_mask(2, frames))) < 1e-12
+    assert max(errors(packed(2, frames, 2, 1, 24), key_mask=random_mask(2, frames))) < 1e-12
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("frames", [16, 24])
 def test_half_precision(dtype: torch.dtype, tolerance: float, frames: int) -> None:
-    assert max(errors(packed(2, frames, 3, 2, 64), dtype)) < tolerance
+    assert max(errors(packed(1, frames, 3, 1, 64, dtype=dtype))) < tolerance
 
 
 def test_gradcheck() -> None:
-    for mask in (None, random_mask(2, 3)):
-        call = lambda x, mask=mask: temporal_attention(x, key_mask=mask, scale=0.7)  # noqa: E731
-        assert torch.autograd.gradcheck(call, (packed(2, 3, 1, 1, 3).requires_grad_(),))
+    mask = torch.tensor([[True, False, True]], device=DEVICE)
+    call = lambda x: temporal_attention(x, key_mask=mask, scale=0.7)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (packed(1, 3, 1, 1, 2).requires_grad_(),))
 
 
-@pytest.mark.parametrize("layout", ["packed", "reordered"])
-def test_opcheck(layout: str) -> None:
-    qkv = packed(2, 7, 3, 1, 16, layout=layout).float().requires_grad_()
+def test_opcheck(layout: str = "reordered") -> None:
+    qkv = packed(2, 7, 1, 1, 16, layout=layout, dtype=torch.float32).requires_grad_()
     torch.library.opcheck(torch.ops.vdm.temporal_attention.default, (qkv, random_mask(2, 7), 0.25))
-    grad = randn(2, 7, 3, 1, 16).float()
+
+
+@pytest.mark.slow
+def test_opcheck_of_the_backward_pass() -> None:
+    qkv, grad = packed(2, 7, 3, 1, 16).float(), randn(2, 7, 3, 1, 16).float()
     torch.library.opcheck(torch.ops.vdm.temporal_attention_backward.default, (grad, qkv.detach(), None, 0.25))
 
 
-@pytest.mark.parametrize("frames, positions, head_dim", [(1, 5, 16), (17, 3, 40), (33, 2, 128)])
+@pytest.mark.parametrize("frames, positions, head_dim", [(1, 5, 16), (17, 3, 40)])
 def test_every_number_is_written(frames: int, positions: int, head_dim: int) -> None:
-    qkv = packed(2, frames, positions, 2, head_dim).float()
-    grad = randn(2, frames, positions, 2, head_dim).float()
+    qkv, grad = packed(2, frames, positions, 1, head_dim).float(), randn(2, frames, positions, 1, head_dim).float()
     mask = random_mask(2, frames)
     out, dqkv = torch.full_like(grad, float("nan")), torch.full_like(qkv, float("nan"))
     assert run_forward(qkv, mask, 0.1, out).isfinite().all()
@@ -140,7 +159,7 @@ def test_every_number_is_written(frames: int, positions: int, head_dim: int) -> 
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:
-    qkv, grad = packed(2, 24, 5, 2, 64).float(), randn(2, 24, 5, 2, 64).float()
+    qkv, grad = packed(1, 24, 3, 1, 64).float(), randn(1, 24, 3, 1, 64).float()
     for run, like in ((lambda out: run_forward(qkv, None, 0.1, out), grad),
                       (lambda out: run_backward(grad, qkv, None, 0.1, out), qkv)):  # fmt: skip
         assert torch.equal(run(torch.empty_like(like)), run(torch.empty_like(like)))
@@ -168,11 +187,12 @@ def test_a_gradient_of_any_strides(frames: int = 7) -> None:
         assert error(ours, theirs) < 1e-12
 
 
+@pytest.mark.slow
 def test_more_positions_than_a_grid_axis_but_the_first_has(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # few programs, for the interpreter takes milliseconds for each
         blocks = {"BLOCK_P": 4096, "BLOCK_F": 16, "BLOCK_D": 16, "num_warps": 4}
         monkeypatch.setattr(module, "block_sizes", lambda *args, **options: blocks)
-    assert max(errors(packed(1, 2, 70_000, 1, 4), torch.float32)) < 1e-5
+    assert max(errors(packed(1, 2, 66_000, 1, 4, dtype=torch.float32))) < 1e-5
 
 
 @pytest.mark.slow
