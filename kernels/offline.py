@@ -1,6 +1,6 @@
 """What the kernels take of a GPU, found without one: compiled for its architecture, and assembled by Triton's ptxas.
 
-`python -m kernels.offline [bf16 fp16 fp32]` prints a table, all three types by default. TRITON_INTERPRET must not be set.
+`python -m kernels.offline [bf16 fp16 fp32]` prints a table. TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations

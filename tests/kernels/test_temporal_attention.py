@@ -97,7 +97,7 @@ def test_forward_and_backward_in_float32(
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 64), st.integers(1, 5), st.integers(1, 2)),
     st.integers(1, 128),
