@@ -15,7 +15,7 @@ REPEATS = {"cuda": 100, "cpu": 7}
 
 
 def random(sizes: Sequence[int], device: torch.device, seed: int) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(sizes, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def clock(call: Callable[[int], object], device: torch.device) -> Callable[[int], float]:
