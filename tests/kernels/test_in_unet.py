@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vdm.diffusion import DiffusionConfig, NoiseSchedule, ddim_sample
 from vdm.errors import UserError
 from vdm.models import UNet3D, UNetConfig
+from vdm.models.fused import choose
 from vdm.training.parallel import checkpoint_activations
+from vdm.training.recompute import is_expensive
 
 SMALL = dict(
     unet_dim=8, channel_mult=(1,), attention_levels=(True,), num_res_blocks=1, attention_heads=1,
@@ -102,3 +104,8 @@ def test_a_model_on_the_kernels_can_be_copied_and_pickled() -> None:
 def test_more_frames_than_the_kernel_takes_are_refused() -> None:
     with pytest.raises(UserError, match="triton, but the kernel takes 1 to 64 frames, got 65; set it to auto or sdpa"):
         unet("triton")(*inputs(65))
+
+
+def test_of_the_kernels_the_gate_alone_is_cheap_to_compute_again() -> None:
+    choose("triton")  # which registers them
+    assert is_expensive(torch.ops.vdm.temporal_attention.default) and not is_expensive(torch.ops.vdm.geglu.default)

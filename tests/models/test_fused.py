@@ -18,6 +18,9 @@ from vdm.flops import unet_forward
 from vdm.interop.names import unet_tensors
 from vdm.models import UNet3D, fused
 from vdm.models.fused import PLAIN, choose
+from vdm.pipeline import TextToVideo
+from vdm.training import lora, resuming
+from vdm.training.resuming import changes
 
 ON_KERNELS = replace(UNET, attention_kernel="triton")
 
@@ -116,3 +119,18 @@ def test_configs_without_the_key_load(tmp_path: Path) -> None:
     assert load(tmp_path / "x.yaml").model.attention_kernel == "auto"
     with pytest.raises(UserError, match="attention_kernel"):
         load(tmp_path / "x.yaml", ["attention_kernel=flash"])
+
+
+def test_a_model_trained_on_the_kernels_loads_where_they_cannot_run(tmp_path: Path) -> None:
+    pipe = TextToVideo.from_pretrained()
+    pipe.config = replace(pipe.config, model=replace(pipe.config.model, attention_kernel="triton"))
+    pipe.save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model" / "config.yaml").model.attention_kernel == "triton"
+    assert TextToVideo.from_pretrained(tmp_path / "model").config.model.attention_kernel == "auto"
+
+
+def test_a_run_resumes_and_a_lora_is_trained_on_another_kernel() -> None:
+    config = Config("x")
+    changed = replace(config, model=replace(config.model, attention_kernel="sdpa"))
+    assert set(changes(config, changed)) == {"model.attention_kernel"} <= set(resuming.FREE)
+    assert "attention_kernel" in lora.FREE
