@@ -16,8 +16,6 @@ from vdm.diffusion import DiffusionConfig, NoiseSchedule, ddim_sample
 from vdm.errors import UserError
 from vdm.models import UNet3D, UNetConfig
 from vdm.models.fused import choose
-from vdm.training.parallel import checkpoint_activations
-from vdm.training.recompute import is_expensive
 
 SMALL = dict(
     unet_dim=8, channel_mult=(1,), attention_levels=(True,), num_res_blocks=1, attention_heads=1,
@@ -74,6 +72,8 @@ def test_loss_and_gradients() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["cheap", "block"])
 def test_gradients_under_checkpointing(how: str) -> None:
+    from vdm.training.parallel import checkpoint_activations  # importing open_clip takes longer than the other tests
+
     models = [unet("triton").train() for _ in range(2)]
     checkpoint_activations(models[1], how=how)  # type: ignore[arg-type]
     (_, plain, _), (_, again, names) = (calls(model, 3) for model in models)
@@ -106,6 +106,9 @@ def test_more_frames_than_the_kernel_takes_are_refused() -> None:
         unet("triton")(*inputs(65))
 
 
+@pytest.mark.slow
 def test_of_the_kernels_the_gate_alone_is_cheap_to_compute_again() -> None:
+    from vdm.training.recompute import is_expensive
+
     choose("triton")  # which registers them
     assert is_expensive(torch.ops.vdm.temporal_attention.default) and not is_expensive(torch.ops.vdm.geglu.default)
