@@ -324,6 +324,7 @@ VIEWS: list[View] = [unet, vae, text, learns, schedule, sampler, clips, stream, 
 VIEWS += [frames, places]
 # Keys that are flipped elsewhere: they want a file of weights, a GPU, a worker process or a longer run.
 ELSEWHERE = {
+    "model.attention_kernel": "kernels/test_in_unet.py",
     "vae.vae_weights": "integration/test_resume.py",
     "text.text_weights": "text/test_pretrained.py",
     "data.dataloader_num_workers": "data/test_loader.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -29,7 +30,7 @@ def unet_forward(config: Config, *, num_frames: int) -> int:
 @cache  # by nothing else of a config, for counting takes a second
 def _unet_forward(config: UNetConfig, size: tuple[int, int, int], context_length: int) -> int:
     with torch.device("meta"):
-        unet = UNet3D(config)
+        unet = UNet3D(replace(config, attention_kernel="sdpa"))
         latents = torch.empty(1, config.in_channels, *size)
         context = torch.empty(1, context_length, config.context_dim)
         return count(lambda: unet(latents, torch.zeros(1), context))

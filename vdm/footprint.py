@@ -89,6 +89,7 @@ def _planned(config: Config) -> Config:
         config,
         name="planned",
         run_dir="planned",
+        model=replace(config.model, attention_kernel="sdpa"),  # whose fused kernel keeps as much as ours
         data=replace(config.data, format="mini-something", **anywhere),
         vae=replace(config.vae, vae_weights=None),
         text=replace(config.text, text_weights=None),

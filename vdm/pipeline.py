@@ -46,6 +46,8 @@ class TextToVideo:
         """
         stored = open_model(SHIPPED if path is None else path, variant=variant)
         config = without_sources(stored.config)
+        if config.model.attention_kernel == "triton":  # a matter of where it was trained
+            config = replace(config, model=replace(config.model, attention_kernel="auto"))
         parts = build_components(config)
         for part, module in parts.modules().items():
             fill_part(module, stored, part)

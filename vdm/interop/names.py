@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -39,7 +40,7 @@ _OPEN_CLIP_TO_TRANSFORMERS = {
 def unet_tensors(config: UNetConfig) -> dict[str, Tensor]:
     """Our tensors, on the meta device."""
     with torch.device("meta"):
-        return UNet3D(config).state_dict()
+        return UNet3D(replace(config, attention_kernel="sdpa")).state_dict()
 
 
 def vae_tensors(config: VAEConfig) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ Suffixes: B batch, N heads, L / S length of queries / keys, D head dim, T frames
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,20 @@ def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
 
 
+def attend_frames(qkv: Tensor) -> Tensor:
+    """Attention among the frames of each position: packed (B, T, P, 3, N, D) -> (B, T, P, N, D), a view of an output
+    with the heads outside. One copy in, for no view has B and P, or P and N, on one axis."""
+    B, _, P, *_ = qkv.shape
+    q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # 3 x (B*P, N, T, D): the copy in
+    return attend(q, k, v).unflatten(0, (B, P)).permute(0, 3, 1, 2, 4)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a * gelu(g) of x = [a, g]: (..., 2W) -> (..., W) (arXiv 2002.05202)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
 class SpatialSelfAttention(nn.Module):
     """Self-attention among the positions of one frame: tokens (B, T, P, C) -> (B, T, P, C). No bias on q, k, v."""
 
@@ -47,14 +63,16 @@ class SpatialSelfAttention(nn.Module):
 
 
 class TemporalSelfAttention(SpatialSelfAttention):
-    """Self-attention among the frames of one position; the same weights' shapes. One copy in, one copy out."""
+    """Self-attention among the frames of one position; the same weights' shapes. `over_frames` is as `attend_frames`,
+    which takes one copy in and one out; a kernel that reads and writes the order of the projections takes none."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, over_frames: Callable[[Tensor], Tensor] = attend_frames):
+        super().__init__(dim, heads, head_dim)
+        self.over_frames = over_frames
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
-        B, _, P, _ = x_BTPC.shape
         qkv = self.to_qkv(x_BTPC).unflatten(3, (3, self.heads, -1))  # (B, T, P, 3, N, D)
-        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # 3 x (B*P, N, T, D): the copy in
-        out = attend(q, k, v).unflatten(0, (B, P))  # (B, P, N, T, D)
-        return self.to_out(out.permute(0, 3, 1, 2, 4).flatten(3))  # (B, T, P, N*D): the copy out
+        return self.to_out(self.over_frames(qkv).flatten(3))  # (B, T, P, N*D): the copy out, if any
 
 
 class CrossAttention(nn.Module):
@@ -75,25 +93,25 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Gated feed-forward, 4*dim wide inside: W2 (a * gelu(g)) with [a, g] = W1 x (arXiv 2002.05202)."""
+    """Gated feed-forward, 4*dim wide inside: W2 (a * gelu(g)) with [a, g] = W1 x. `gate` is as `geglu`."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, gate: Callable[[Tensor], Tensor] = geglu):
         super().__init__()
         self.linear1 = nn.Linear(dim, 8 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
+        self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.linear1(x).chunk(2, dim=-1)
-        return self.linear2(value * F.gelu(gate))
+        return self.linear2(self.gate(self.linear1(x)))
 
 
 class TransformerBlock(nn.Module):
     """LN, attention, LN, attention, LN, GEGLU, each a residual, on tokens (B, T, P, C)."""
 
-    def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module):
+    def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module, gate: Callable[[Tensor], Tensor]):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.attn1, self.attn2, self.ff = attn1, attn2, GEGLU(dim)
+        self.attn1, self.attn2, self.ff = attn1, attn2, GEGLU(dim, gate)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x), context)
@@ -119,13 +137,20 @@ class _Transformer(nn.Module):
 class SpatialTransformer(_Transformer):
     """Self-attention within each frame, then cross-attention to the text. Its GroupNorm is per frame, eps 1e-6."""
 
-    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int, groups: int):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        context_dim: int,
+        groups: int,
+        gate: Callable[[Tensor], Tensor] = geglu,
+    ):
         inner = heads * head_dim
         attn1 = SpatialSelfAttention(inner, heads, head_dim)
         attn2 = CrossAttention(inner, heads, head_dim, context_dim)
-        super().__init__(
-            channels, FrameGroupNorm(groups, channels, eps=1e-6), TransformerBlock(inner, attn1, attn2), inner
-        )
+        block = TransformerBlock(inner, attn1, attn2, gate)
+        super().__init__(channels, FrameGroupNorm(groups, channels, eps=1e-6), block, inner)
 
 
 class TemporalTransformer(_Transformer):
@@ -134,10 +159,17 @@ class TemporalTransformer(_Transformer):
     The output projection starts at zero: an untrained temporal transformer changes nothing.
     """
 
-    def __init__(self, channels: int, heads: int, head_dim: int, groups: int):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        groups: int,
+        over_frames: Callable[[Tensor], Tensor] = attend_frames,
+        gate: Callable[[Tensor], Tensor] = geglu,
+    ):
         inner = heads * head_dim
-        attn1, attn2 = (TemporalSelfAttention(inner, heads, head_dim) for _ in range(2))
-        super().__init__(
-            channels, VideoGroupNorm(groups, channels, eps=1e-6), TransformerBlock(inner, attn1, attn2), inner
-        )
+        attn1, attn2 = (TemporalSelfAttention(inner, heads, head_dim, over_frames) for _ in range(2))
+        block = TransformerBlock(inner, attn1, attn2, gate)
+        super().__init__(channels, VideoGroupNorm(groups, channels, eps=1e-6), block, inner)
         zero_init(self.proj_out)

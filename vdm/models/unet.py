@@ -13,6 +13,7 @@ from vdm.errors import UserError
 from vdm.models.attention import SpatialTransformer, TemporalTransformer
 from vdm.models.blocks import DecoderLayer, Pass, ResBlock, TemporalConvBlock, UNetLayer
 from vdm.models.dropout import number_layers
+from vdm.models.fused import AttentionKernel, choose
 from vdm.models.layers import (
     Downsample,
     FrameConv,
@@ -46,6 +47,7 @@ class UNetConfig:
     dropout: float = 0.0
     temporal_dropout: float = 0.1
     max_num_frames: int | None = None
+    attention_kernel: AttentionKernel = "auto"  # of attention over frames, and the gates that go with it
 
     def __post_init__(self) -> None:
         counts = ("in_channels", "unet_dim", "num_res_blocks", "attention_heads", "attention_head_dim")
@@ -95,6 +97,7 @@ class UNet3D(nn.Module):
     def __init__(self, config: UNetConfig | None = None):
         super().__init__()
         self.config = config = config or UNetConfig()
+        self.operations = choose(config.attention_kernel)
         dim, widths = config.unet_dim, config.channels
         self.time_embedding = TimeEmbedding(dim)
         self.conv_in = FrameConv(config.in_channels, dim, 3, padding=1)
@@ -129,7 +132,7 @@ class UNet3D(nn.Module):
         config = self.config
         if config.model_type == "spatial":
             return Pass()
-        return TemporalTransformer(channels, heads, config.attention_head_dim, config.norm_num_groups)
+        return TemporalTransformer(channels, heads, config.attention_head_dim, config.norm_num_groups, *self.operations)
 
     def _layer(self, in_channels: int, channels: int, attention: bool) -> UNetLayer:
         config = self.config
@@ -143,7 +146,9 @@ class UNet3D(nn.Module):
             Pass()
             if config.model_type == "spatial"
             else TemporalConvBlock(channels, config.temporal_layers, groups, config.temporal_dropout),
-            SpatialTransformer(channels, heads, head_dim, config.context_dim, groups) if attention else Pass(),
+            SpatialTransformer(channels, heads, head_dim, config.context_dim, groups, self.operations.geglu)
+            if attention
+            else Pass(),
             self._temporal(channels, heads) if attention else Pass(),
         )
 

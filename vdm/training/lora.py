@@ -34,7 +34,7 @@ from vdm.training.task import UNetTask
 PACKED = {"to_q": ("to_q",), "to_kv": ("to_k", "to_v"), "to_qkv": ("to_q", "to_k", "to_v"), "to_out": ("to_out",)}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the same in PEFT's words
 # Keys in which a run may differ from the model that it changes: they are no matter of the weights.
-FREE = ("dropout", "temporal_dropout", "max_num_frames")
+FREE = ("dropout", "temporal_dropout", "max_num_frames", "attention_kernel")
 NOISE = (
     "num_train_timesteps",
     "beta_schedule",

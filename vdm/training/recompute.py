@@ -24,6 +24,7 @@ from vdm.models.vae import AttentionBlock2D, ResBlock2D, TimeMix
 
 # What runs again at one go. A layer of the decoder begins at its two inputs, for what it makes of them is larger.
 BLOCKS = (DecoderLayer, UNetLayer, TemporalTransformer, ResBlock2D, AttentionBlock2D, TimeMix, ResidualAttentionBlock)
+CHEAP = ("geglu",)  # of our own operators
 # Of PyTorch's own operations; any other library's counts as expensive too.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_convolution", "mkldnn_convolution")
 ATTENTION = ("_scaled_dot_product_", "_flash_attention", "_efficient_attention", "_cudnn_attention")
@@ -41,6 +42,8 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 def is_expensive(operation: Any) -> bool:
     """Whether an operation, such as torch.ops.aten.mm.default, is one that `cheap` never repeats."""
     name = operation.overloadpacket.__name__
+    if operation.namespace == "vdm" and name in CHEAP:
+        return False
     return operation.namespace not in ("aten", "prim") or name in PRODUCTS or name.startswith(ATTENTION)
 
 

@@ -19,7 +19,10 @@ FIXED = {
          "diffusion.zero", "diffusion.noise_shift", "diffusion.trained_betas"),
     "unet": ("model.",), "vae": ("vae.",), "text": ("text.",),
 }  # fmt: skip
-FREE = ("model.dropout", "model.temporal_dropout", "model.max_num_frames", "vae.vae_weights", "text.text_weights")
+FREE = (
+    "model.dropout", "model.temporal_dropout", "model.max_num_frames", "model.attention_kernel", "vae.vae_weights",
+    "text.text_weights",
+)  # fmt: skip
 # What is either no setting of the run, or says how to start one.
 NO_MATTER = ("name", "run_dir", "training.init_from", "vae.vae_weights", "text.text_weights", "training.num_gpus")
 # What the stream of clips and the draws depend on.

@@ -1,0 +1,130 @@
+"""The ways to compute temporal attention that benchmarks/attn.py compares: the core alone, and a whole layer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vdm.models.attention import TemporalTransformer, attend_frames
+from vdm.models.fused import choose
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`lay_out` puts packed qkv (B, F, P, 3, H, D) as it likes best, at no cost; `run` takes that. Its output seen
+    from packed order, for the comparison with float64, is `see` of what `run` gives."""
+
+    name: str
+    lay_out: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Tensor]
+    see: Callable[[Tensor, Tensor], Tensor] = lambda out, qkv: out
+
+
+def _sequences(qkv: Tensor) -> Tensor:
+    """(B, F, P, 3, H, D) -> (3, B*P, H, F, D), contiguous: what SDPA likes."""
+    return qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
+
+
+def _packed(out: Tensor, qkv: Tensor) -> Tensor:
+    """(B*P, H, F, D) -> (B, F, P, H, D)."""
+    return out.unflatten(0, (qkv.shape[0], qkv.shape[2])).permute(0, 3, 1, 2, 4)
+
+
+def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*qkv)
+
+
+def _einsum(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.unbind(3)
+    scores = torch.einsum("bfphd,bgphd->bphfg", q * q.shape[-1] ** -0.5, k)
+    return torch.einsum("bphfg,bgphd->bfphd", scores.softmax(-1), v)
+
+
+def _flex(compiled: Callable[..., Tensor], qkv: Tensor) -> Tensor:
+    return compiled(*qkv)
+
+
+def cores(device: torch.device, *, compiled: bool) -> list[Rival]:
+    """Ours first. `compiled` adds those that torch.compile makes, which takes seconds a shape."""
+    same = lambda qkv: qkv  # noqa: E731
+    rivals = [Rival("vdm sdpa", same, attend_frames), Rival("einsum", same, _einsum)]
+    if device.type == "cuda":
+        from kernels.temporal_attention import temporal_attention
+
+        rivals.insert(0, Rival("vdm triton", same, temporal_attention))
+    rivals += [Rival(name, _sequences, partial(_sdpa, backend), _packed) for name, backend in BACKENDS.items()]
+    if compiled:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        rivals.append(Rival("einsum compiled", same, torch.compile(_einsum)))
+        rivals.append(Rival("flex compiled", _sequences, partial(_flex, torch.compile(flex_attention)), _packed))
+    return rivals
+
+
+# A whole layer: norm, projections, two attentions, feed-forward, projection, residual
+
+
+class DiffusersLayer(nn.Module):
+    """diffusers' TransformerTemporalModel, from (B*F, C, h, w) as its UNet has it."""
+
+    def __init__(self, channels: int, heads: int, frames: int):
+        super().__init__()
+        from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+
+        self.frames = frames
+        self.layer = TransformerTemporalModel(heads, channels // heads, in_channels=channels, num_layers=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x, num_frames=self.frames, return_dict=False)[0]
+        return out
+
+
+class OurLayer(nn.Module):
+    """Ours, from (B, C, F, h, w) in channels_last_3d memory."""
+
+    def __init__(self, channels: int, heads: int, kernel: Any):
+        super().__init__()
+        operations = choose(kernel)
+        self.layer = TemporalTransformer(channels, heads, channels // heads, 32, *operations)
+        self.empty = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, self.empty, self.empty)
+
+
+def layers(device: torch.device, *, channels: int, heads: int, frames: int, compiled: bool) -> dict[str, nn.Module]:
+    """Ours on either kernel, and diffusers' where it is installed. No weights at zero, which would hide half a pass."""
+    found: dict[str, nn.Module] = {"vdm sdpa": OurLayer(channels, heads, "sdpa")}
+    if device.type == "cuda":
+        found = {"vdm triton": OurLayer(channels, heads, "triton"), **found}
+    if importlib.util.find_spec("diffusers") is not None:
+        found["diffusers"] = DiffusersLayer(channels, heads, frames)
+        if compiled:
+            found["diffusers compiled"] = torch.compile(DiffusersLayer(channels, heads, frames))  # type: ignore[assignment]
+    for module in found.values():
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return found
+
+
+def layer_input(name: str, clips: Tensor) -> Tensor:
+    """A batch (B, C, F, h, w) in channels_last_3d memory, as the layer of that name has it."""
+    if name.startswith("diffusers"):
+        return clips.transpose(1, 2).flatten(0, 1).contiguous()
+    return clips

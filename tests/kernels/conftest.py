@@ -1,0 +1,16 @@
+"""Where the kernels' tests run: on a GPU, or in Triton's interpreter, which must be chosen before Triton is imported.
+
+So without a GPU they are collected in a process with TRITON_INTERPRET=1 only: test_interpreter.py starts one.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    collect_ignore = ["test_interpreter.py", "test_offline.py"]
+elif not torch.cuda.is_available():
+    collect_ignore = ["test_temporal_attention.py", "test_geglu.py", "test_in_unet.py"]
