@@ -105,9 +105,7 @@ def test_a_branch_does_not_mix_with_the_run_that_it_is_of(tmp_path: Path) -> Non
     train(load(TINY, [*common, f"run_dir={tmp_path / 'run'}"]))
     start = str(tmp_path / "run" / "checkpoint-4")
     before = sorted((tmp_path / "run").iterdir())
-    with pytest.raises(
-        UserError, match=r"holds later checkpoints than .*checkpoint-4 \(checkpoint-6\); go on from that"
-    ):
+    with pytest.raises(UserError, match=r"holds later checkpoints than .*checkpoint-4 \(checkpoint-6\); go"):
         train(load(TINY, [*common, f"run_dir={tmp_path / 'run'}"]), resume=start)
     assert sorted((tmp_path / "run").iterdir()) == before
     train(load(TINY, [*common, f"run_dir={tmp_path / 'branch'}"]), resume=start)
