@@ -24,11 +24,12 @@ from vdm.data.loader import Batch
 from vdm.data.video import to_float
 from vdm.diffusion import NoiseSchedule, ddpm_loss, related_noise
 from vdm.metrics.temporal import motion_energy
-from vdm.models.vae import LatentDistribution, VideoVAE
+from vdm.models.vae import LatentDistribution
 from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
 from vdm.training.diagnostics import by_timestep, judge
 from vdm.training.draws import HELD_OUT, NOISE, POSTERIOR, clip_generator
+from vdm.training.faults import single
 from vdm.training.groups import choose_what_learns
 from vdm.training.preview import write_preview
 
@@ -249,10 +250,17 @@ class UNetTask(LatentTask):
         video = TextToVideo(self.config, self.parts)(prompts, generator=generators, output_type="pt").frames
         return video.transpose(1, 2) * 2.0 - 1.0, prompts, self.config.sampling.sampling_fps
 
+    @torch.no_grad()
+    def _motion_as_decoded(self, batch: Batch) -> float:
+        """How much clips move as the VAE shows them, as it does previews; one clip at a time, to save memory."""
+        vae = self.part("vae")
+        clips = (single(batch, number) for number in range(len(batch.ids)))
+        return float(torch.cat([motion_energy(vae.decode(self._posterior(one).mode())) for one in clips]).mean())
+
     def measured(self, video: Tensor, batch: Batch) -> dict[str, float]:
         """How much the clips shown move, and how much those of `batch` do, both as the VAE decodes them."""
         if self.data_motion is None:  # of clips that are the same at every preview
-            self.data_motion = _motion_as_decoded(self.part("vae"), self._posterior(batch).mode())
+            self.data_motion = self._motion_as_decoded(batch)
         ours, theirs = float(motion_energy(video).mean()), self.data_motion
         return {"preview_motion": ours, "data_motion": theirs} | ({"motion_ratio": ours / theirs} if theirs else {})
 
@@ -260,9 +268,3 @@ class UNetTask(LatentTask):
 def pixels_of(batch: Batch, device: torch.device) -> Tensor:
     """The clips of a batch, float32 (B,3,T,H,W) in [-1,1]; as bytes they travel to a GPU in a quarter of the time."""
     return to_float(batch.video.to(device, non_blocking=True))
-
-
-@torch.no_grad()
-def _motion_as_decoded(vae: VideoVAE, latents: Tensor) -> float:
-    """How much clips move as the VAE shows them, as it does previews; one clip at a time, to save memory."""
-    return float(torch.cat([motion_energy(vae.decode(one[None])) for one in latents]).mean())
