@@ -81,6 +81,7 @@ def test_on_a_gpu_auto_takes_the_kernels_and_leaves_to_sdpa_what_they_cannot_tak
         pytest.skip("triton is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(fused, "_problem_of", lambda *_: None)  # which tries them on that GPU
     qkv, x = torch.randn(1, 3, 2, 3, 1, 4), torch.randn(2, 6)
     operations = choose("auto")
     assert operations is not PLAIN
@@ -89,6 +90,23 @@ def test_on_a_gpu_auto_takes_the_kernels_and_leaves_to_sdpa_what_they_cannot_tak
         assert torch.equal(operations.geglu(x), PLAIN.geglu(x))
     with pytest.raises(UserError, match="triton, but the kernel needs a CUDA device, and the tensor is on cpu"):
         choose("triton").attend_frames(qkv)
+
+
+def test_auto_tries_the_kernels_before_it_takes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    shape = (2, 5, 3, 3, 2, 64)
+    assert fused._difference("attention", PLAIN.attend_frames, PLAIN.attend_frames, shape) is None
+    wrong = fused._difference("attention", lambda x: 1.1 * PLAIN.attend_frames(x), PLAIN.attend_frames, shape)
+    assert wrong == "the fused attention computes something else than PyTorch's"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and then there is none
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    fused._problem_of.cache_clear()
+    assert choose("auto") is PLAIN
+    assert "attention_kernel=auto means sdpa here, for the fused attention fails (" in capsys.readouterr().err
+    fused._problem_of.cache_clear()
 
 
 def test_another_package_of_the_name_is_warned_of_once(other_package: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,40 @@ def choose(kernel: AttentionKernel) -> Operations:
     from kernels.temporal_attention import temporal_attention, why_not
 
     attention = _attend_frames_if_it_can if kernel == "auto" else _attend_frames_or_refuse
+    if kernel == "auto" and (problem := _problem_of(temporal_attention, fused_geglu)):
+        _warn(f"model.attention_kernel=auto means sdpa here, for {problem}")
+        return PLAIN
     return Operations(partial(attention, temporal_attention, why_not), partial(_geglu_if_it_can, fused_geglu))
+
+
+@cache
+def _problem_of(attend: Callable[[Tensor], Tensor], gate: Callable[[Tensor], Tensor]) -> str | None:
+    """What is wrong with fused operations on the GPU at hand, by one small try of each; nobody asked for them."""
+    return _difference("attention", attend, attend_frames, (2, 5, 3, 3, 2, 64)) or _difference(
+        "geglu", gate, geglu, (7, 96)
+    )
+
+
+def _difference(
+    name: str, ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> str | None:
+    """Where an operation and its gradient differ from PyTorch's by more than the rounding of bfloat16, if they do."""
+    draw = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
+    try:
+        given = torch.randn(shape, generator=draw, device="cpu").to(device, torch.bfloat16)
+        for operation in (ours, plain):
+            x = given.clone().requires_grad_()
+            y = operation(x)
+            (y.float() * torch.arange(1, y.shape[-1] + 1, device=device)).mean().backward()
+            results.append((y.detach().float(), x.grad.float()))  # type: ignore[union-attr]
+    except Exception as error:  # of a compiler or a driver: whatever it is, PyTorch's own operation does without
+        return f"the fused {name} fails ({type(error).__name__}: {str(error).splitlines()[0]})"
+    for left, right in zip(*results, strict=True):
+        if float((left - right).norm()) > 0.02 * float(right.norm()):
+            return f"the fused {name} computes something else than PyTorch's"
+    return None
 
 
 def _why_not() -> str | None:
