@@ -78,7 +78,7 @@ class Loop:
         try:
             with StopRequest() as stop:
                 until = min(most, self.settings.stop_after_steps or most)
-                self.rehearsal.look(log, stop, until=until)
+                self.rehearsal.look(stop, until=until)
                 ended = self._steps(stream, log, stop, until=until)
             done = self.trainer.finish() if ended else self._pause()
         finally:
@@ -113,7 +113,9 @@ class Loop:
             last = self.trainer.ended()
             held_out = self._look(last)
             if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
-                log.write(self.trainer.step, window.close() | held_out)
+                # A line without a loss would break whoever reads them, so those of step 0 stand in the first.
+                log.write(self.trainer.step, window.close() | self.rehearsal.seen | held_out)
+                self.rehearsal.seen = {}
             if self.trainer.step % settings.checkpointing_steps == 0 or last:
                 self.trainer.save()
         return last

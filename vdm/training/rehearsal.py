@@ -20,7 +20,6 @@ from vdm import dist
 from vdm.errors import CannotWrite, Failure
 from vdm.files import in_words
 from vdm.training.diagnostics import summary
-from vdm.training.runlog import NoLog, RunLog
 from vdm.training.signals import StopRequest
 from vdm.training.trainer import Trainer
 
@@ -35,11 +34,12 @@ class Rehearsal:
         self.trainer, self.settings = trainer, trainer.settings
         self.over = not self.settings.rehearsal
         self.took: list[str] = []
+        self.seen: dict[str, float] = {}  # what a fresh run's weights were like before its first step, to be logged
 
-    def look(self, log: RunLog | NoLog, stop: StopRequest, *, until: int) -> None:
+    def look(self, stop: StopRequest, *, until: int) -> None:
         """Validate and preview with the weights as they are, if the run ever will, on its way to step `until`.
 
-        What a fresh run shows here stays, as that of step 0.
+        What a fresh run shows here stays, as that of step 0; its numbers are `seen`.
         """
         settings, trainer = self.settings, self.trainer
         fresh = trainer.step == 0
@@ -58,8 +58,8 @@ class Rehearsal:
             if settings.preview_steps or settings.validation_steps:
                 with self.part("preview"):
                     values |= self._preview(trainer.run_dir / "samples" / "step-000000" if fresh else None)
-        if fresh and values:
-            log.write(0, values)
+        if fresh:
+            self.seen = values
 
     def save(self, stop: StopRequest) -> None:
         """Write a checkpoint and remove it."""
