@@ -476,7 +476,12 @@ def test_from_training_to_clips_by_commands(base: Path, tmp_path: Path, shell: C
     assert command(*sample, tmp_path / "without").code == 0
     clips = {name: (tmp_path / name / "00000-ball.mp4").read_bytes() for name in ("with", "none", "without")}
     assert clips["none"] == clips["without"] != clips["with"]
-    low = ("training.weights_dtype=bf16", "training.gradient_checkpointing=block", "training.max_train_steps=2")
+    low = (
+        "training.weights_dtype=bf16",
+        "training.mixed_precision=bf16",
+        "training.gradient_checkpointing=block",
+        "training.max_train_steps=2",
+    )
     proof = command("train.py", TINY, *overrides_of(base, tmp_path / "proof", *low), "--verify_resume")
     assert proof.code == 0 and "bit for bit" in proof.out, proof
 
