@@ -28,7 +28,7 @@ from benchmarks.common import environment, write_json
 from benchmarks.timing import buffers, clocks, copy_bandwidth, interleaved, launches_and_peak, random, replayed
 from kernels import reference
 from vdm.cli import Parser, run
-from vdm.errors import UserError
+from vdm.generate import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 # Positions and heads: the transformer after the first convolution, levels 0 to 2 and the middle; level 0 at 512x512.
@@ -256,14 +256,10 @@ def cpu_rows(device: torch.device, copy: float) -> Iterator[Row]:
 
 def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="attn.py", description=str(__doc__).split("\n")[0])
-    parser.flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.flag("--device", help="cuda or cpu; a GPU by default where there is one")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_args(arguments)
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device} cannot be used here; leave it out for the CPU") from error
+    device = pick_device(options.device)
     on_gpu = device.type == "cuda"
     copy = copy_bandwidth(device)
     facts = {**environment(device), "gpu": clocks() if on_gpu else None, "copy_gb_per_s": copy / 1e9}

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.common import environment, write_json
 from vdm.cli import Parser, run
 from vdm.config import load
-from vdm.errors import UserError
+from vdm.generate import pick_device
 from vdm.models import UNet3D, UNetConfig, attention
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.settings import Recompute
@@ -185,11 +185,7 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag("--device", default="cpu", help="where the smaller UNet runs")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_args(arguments)
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device} cannot be used here; leave it out for the CPU") from error
+    device = pick_device(options.device)
     full = {how: {str(frames): full_size(how, frames=frames) for frames in (16, 24)} for how in MODES}
     measured = on_device(device)
     for line in table(full, measured):

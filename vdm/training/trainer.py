@@ -216,7 +216,8 @@ class Trainer:
         if self.faults.in_a_row % self.settings.max_bad_steps:
             return
         self.settle(wait=True)
-        good = None if self.faults.went_back else dist.from_main(checkpoint.latest(self.run_dir))
+        seeks = dist.is_main() and not self.faults.went_back
+        good = dist.from_main(checkpoint.latest(self.run_dir) if seeks else None)
         if good is None:
             self._give_up(micro_batches, told)
         load_state(self, good)
@@ -304,7 +305,7 @@ class Trainer:
             return
         if path is None:
             return
-        self.failed_saves, self.saved_at = 0, int(path.name.removeprefix("checkpoint-"))
+        self.failed_saves, self.saved_at = 0, checkpoint.step_of(path)
         self.task.came_from(path)
         settings = self.settings
         best = "val_loss" if settings.keep_best else None
@@ -315,7 +316,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises `UserError` where it belongs to another kind of run."""
         require_same_run(self.config, path)
-        info = checkpoint.verify(path).info
+        info = checkpoint.read_manifest(path).info  # whose files are checked as they are read
         for name, ours in self.task.identity().items():
             if info.get(name) != ours:
                 raise UserError(f"{path} is of a run with {name} {info.get(name)}, not {ours}; resume it with that")
