@@ -39,6 +39,17 @@ class BadClipsFound(Exception):
 
 def run(command: Callable[[Sequence[str]], None]) -> int:
     """Run a command on the process's arguments; returns its exit code: 0, 2 bad input, 3 bad clips, 1 failure."""
+    code = _code_of(command)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # One of torchrun's: threads of its process group may abort a process that leaves by the door, and with it the
+        # whole job, though all its work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _code_of(command: Callable[[Sequence[str]], None]) -> int:
     try:
         command(sys.argv[1:])
     except UserError as error:

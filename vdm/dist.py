@@ -61,8 +61,12 @@ def together() -> Iterator[None]:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     # What is agreed on lies in the CPU's memory, so that a GPU that is at work does not have to be waited for.
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     try:
-        process_group.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+        meeting, _, _ = next(process_group.rendezvous("env://"))  # type: ignore[attr-defined]
+        # torchrun keeps one store through all restarts, in which the addresses of those that died may still stand.
+        meeting = process_group.PrefixStore(f"restart-{restarts()}", meeting)  # type: ignore[attr-defined]
+        process_group.init_process_group(backend, store=meeting, rank=rank(), world_size=size())
     except ValueError as error:
         raise UserError(
             f"WORLD_SIZE is {size()}, but the processes cannot meet ({error}); start them with torchrun"
@@ -73,7 +77,9 @@ def together() -> Iterator[None]:
         if isinstance(error, process_group.DistError) or "gloo" in str(error).lower():
             raise Failure(f"process {rank()} of {size()} has lost another one, which says why") from error
         raise
-    process_group.destroy_process_group()  # not after an error, when others may be gone
+    # Not after an error, when others may be gone. And together: that of the one that writes is the last word.
+    process_group.barrier()
+    process_group.destroy_process_group()
 
 
 def mean(values: Mapping[str, float]) -> dict[str, float]:
