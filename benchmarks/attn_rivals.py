@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vdm.models.attention import TemporalTransformer, attend_frames
+from vdm.models.attention import TemporalTransformer
 from vdm.models.fused import choose
+from vdm.models.operations import attend_frames
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -101,7 +102,7 @@ class OurLayer(nn.Module):
     def __init__(self, channels: int, heads: int, kernel: Any):
         super().__init__()
         operations = choose(kernel)
-        self.layer = TemporalTransformer(channels, heads, channels // heads, 32, *operations)
+        self.layer = TemporalTransformer(channels, heads, channels // heads, 32, operations)
         self.empty = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import geglu
+from kernels import add_layer_norm, geglu, group_norm
 from kernels import temporal_attention as attention
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -87,6 +87,46 @@ def geglu_resources(width: int, dtype: torch.dtype, *, backward: bool, arch: int
     return resources(geglu._backward_kernel if backward else geglu._forward_kernel, arguments, arch=arch)
 
 
+def group_norm_resources(channels: int, dtype: torch.dtype, *, backward: bool, arch: int) -> dict[str, int]:
+    """`resources` of GroupNorm and SiLU of 16 frames of 1,024 positions: the larger number of its kernels' each."""
+    wide, tiles = group_norm.accumulator(dtype), group_norm.constants(dtype)
+    strides = dict(zip(("n", "r", "c"), (1024 * channels, channels, 1), strict=True))
+    arguments: dict[str, object] = {name: dtype for name in ("x", "y", "grad", "dx")} | tiles | {"SILU": True}
+    arguments |= {name: wide for name in ("mean", "rstd", "parts", "plain", "weighted")}
+    arguments |= {"weight": torch.float32, "bias": torch.float32, "R": 1024, "C": channels, "S": 2, "rows": 512}
+    arguments |= {"G": 32, "W": channels // 32, "EPS": 1e-5, "BLOCK_S": group_norm.BLOCK_S}
+    arguments["BLOCK_W"] = triton.next_power_of_2(channels // 32)
+    arguments |= {f"{which}{axis}": stride for which in "sg" for axis, stride in strides.items()}
+    if backward:
+        kernels = (group_norm._sums_kernel, group_norm._backward_kernel)
+    else:
+        kernels = (group_norm._moments_kernel, group_norm._statistics_kernel, group_norm._apply_kernel)
+    found = [resources(kernel, arguments, arch=arch) for kernel in kernels]
+    return {name: max(one[name] for one in found) for name in found[0]}
+
+
+def add_layer_norm_resources(channels: int, dtype: torch.dtype, *, backward: bool, arch: int) -> dict[str, int]:
+    """`resources` of a residual sum and its LayerNorm."""
+    wide = group_norm.accumulator(dtype)
+    arguments: dict[str, object] = add_layer_norm.constants(channels, dtype) | {"EPS": 1e-5}
+    arguments |= {name: dtype for name in ("x", "branch", "total", "y", "dtotal", "dy", "dx")}
+    arguments |= {name: wide for name in ("mean", "rstd", "parts")}
+    arguments |= {"weight": torch.float32, "bias": torch.float32, "R": 16384, "rows": 32}
+    arguments |= {name: channels for name in ("xr", "br", "tr", "yr")} | {name: 1 for name in ("xc", "bc", "tc", "yc")}
+    kernel = add_layer_norm._backward_kernel if backward else add_layer_norm._forward_kernel
+    return resources(kernel, arguments, arch=arch)
+
+
+def others(dtype: torch.dtype, *, backward: bool, arch: int) -> Iterator[tuple[str, int, dict[str, int]]]:
+    """Name, width and `resources` of every kernel but attention's, at widths of the UNet."""
+    given = {"backward": backward, "arch": arch}
+    yield "geglu", 1280, geglu_resources(1280, dtype, **given)
+    for channels in (320, 2560):
+        yield "group norm", channels, group_norm_resources(channels, dtype, **given)
+    for channels in (320, 1280):
+        yield "layer norm", channels, add_layer_norm_resources(channels, dtype, **given)
+
+
 def table(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
     """Every kernel at the widths of the UNet, a row each."""
     yield "| sm | kernel | type | frames | width | pass | registers | spilled bytes | shared bytes |"
@@ -97,8 +137,8 @@ def table(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
         for frames, head_dim in SHAPES:
             found = attention_resources(frames, head_dim, dtype, backward=backward, arch=arch)
             yield _row(arch, "attention", NAMES[dtype], frames, head_dim, name, *found.values())
-        found = geglu_resources(1280, dtype, backward=backward, arch=arch)
-        yield _row(arch, "geglu", NAMES[dtype], "", 1280, name, *found.values())
+        for kernel, width, found in others(dtype, backward=backward, arch=arch):
+            yield _row(arch, kernel, NAMES[dtype], "", width, name, *found.values())
 
 
 def _row(*cells: object) -> str:

@@ -31,3 +31,23 @@ def geglu(x: Tensor) -> Tensor:
     """a * gelu(g) of x = [a, g] (..., 2W) -> (..., W), with the exact gelu; at least in float32 (arXiv 2002.05202)."""
     value, gate = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return (value * F.gelu(gate)).to(x.dtype)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """GroupNorm of (N, C, ...), then SiLU if `silu`; at least in float32 (arXiv 1803.08494)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    split = wide.unflatten(1, (groups, -1)).flatten(2)  # (N, G, C / G * ...)
+    variance, mean = torch.var_mean(split, dim=2, keepdim=True, correction=0)
+    normed = ((split - mean) / (variance + eps).sqrt()).view(wide.shape)
+    affine = [parameter.to(wide.dtype).view(-1, *[1] * (x.dim() - 2)) for parameter in (weight, bias)]
+    y = normed * affine[0] + affine[1]
+    return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch, and its LayerNorm over the last axis, the latter at least in float32 (arXiv 1607.06450)."""
+    total = x + branch
+    wide = total.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
+    normed = (wide - mean) / (variance + eps).sqrt()
+    return total, (normed * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype)

@@ -19,9 +19,7 @@ def interpreted(*options: str) -> None:
     """Run this folder's tests in the interpreter; what pytest said is shown if one of them fails."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(Path(__file__).parent)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop(
-        "PYTEST_ADDOPTS", None
-    )  # such as a demand for coverage of the whole package, which is not tested here
+    environment.pop("PYTEST_ADDOPTS", None)  # it may ask for coverage of the whole package
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and " passed" in done.stdout

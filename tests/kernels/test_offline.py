@@ -24,9 +24,8 @@ for arch, (dtype, shapes), backward in itertools.product((80, 90), SHAPES.items(
     for frames, head_dim in shapes:
         name = f"attention sm_{arch} {dtype} F={frames} D={head_dim} backward={backward}"
         found[name] = offline.attention_resources(frames, head_dim, dtype, backward=backward, arch=arch)
-    found[f"geglu sm_{arch} {dtype} backward={backward}"] = offline.geglu_resources(
-        1280, dtype, backward=backward, arch=arch
-    )
+    for kernel, width, taken in offline.others(dtype, backward=backward, arch=arch):
+        found[f"{kernel} {width} sm_{arch} {dtype} backward={backward}"] = taken
 print(json.dumps(found))
 """
 
@@ -42,7 +41,7 @@ def test_nothing_spills(tmp_path: Path) -> None:
         pytest.skip("triton came without ptxas")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 28
+    assert len(found) == 60
     for name, taken in found.items():
         print(name, taken)
         assert taken["spills"] == 0, (name, taken)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import close, copies, differ, randn, randomise
 from torch import Tensor, nn
 
-from vdm.models import attention
+from vdm.models import attention, operations
 from vdm.models.attention import (
     GEGLU,
     CrossAttention,
@@ -20,8 +20,8 @@ from vdm.models.attention import (
     SpatialTransformer,
     TemporalSelfAttention,
     TemporalTransformer,
-    attend,
 )
+from vdm.models.operations import _clip_by_clip, attend, attend_frames
 
 EMPTY = torch.empty(0)  # what a block gets that does not look at the time step or the text
 SDPA = "aten::scaled_dot_product_attention"
@@ -55,7 +55,7 @@ def test_attend_is_softmax_attention(B: int, N: int, L: int, S: int, D: int) -> 
 def test_attend_in_lower_precision(
     dtype: torch.dtype, tolerance: float, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(operations, "SHORT", short)
     q, k, v = (randn(2, 3, 20, 8, seed=i).to(dtype) for i in range(3))
     out = attend(q, k, v)
     assert out.dtype == dtype
@@ -72,7 +72,7 @@ def test_both_kernels_agree_and_are_chosen_by_length(monkeypatch: pytest.MonkeyP
 
     outputs: list[Tensor] = []
     assert not fused()
-    monkeypatch.setattr(attention, "SHORT", 19)
+    monkeypatch.setattr(operations, "SHORT", 19)
     assert fused()
     torch.testing.assert_close(*outputs)
 
@@ -101,7 +101,7 @@ def test_attend_splits_a_batch_that_cuda_kernels_cannot_take(batch: int, monkeyp
 
 @pytest.mark.parametrize("short", [0, 128])
 def test_attend_gradient(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(operations, "SHORT", short)
     q, k, v = (randn(2, 1, length, 2, seed=length).requires_grad_() for length in (2, 3, 3))
     assert torch.autograd.gradcheck(attend, (q, k, v))
 
@@ -238,6 +238,36 @@ def test_temporal_attention_copies_once_in_and_once_out() -> None:
     assert len(copies(lambda: module(tokens, EMPTY), numel=tokens.numel())) <= 2
 
 
+@settings(max_examples=20)
+@given(st.tuples(*[st.integers(1, 4)] * 3), st.tuples(st.integers(1, 3), st.integers(1, 6)))
+def test_clip_by_clip_it_is_the_same_attention(sizes: tuple[int, int, int], head: tuple[int, int]) -> None:
+    B, T, P = sizes
+    qkv = randn(B, T, P, 3, *head)
+    one_by_one, together = _clip_by_clip(qkv), attend_frames(qkv)
+    assert one_by_one.shape == (B, T, P, *head) and one_by_one.is_contiguous()
+    close(one_by_one, together)
+
+
+def test_clip_by_clip_a_fused_kernel_takes_views_and_the_result_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = torch.randn(2, 3, 9, 3, 4, 16)
+    monkeypatch.setattr(operations, "SHORT", 0)  # the fused kernel throughout, as on a GPU
+    callers = copies(lambda: _clip_by_clip(qkv), numel=qkv[0, :, :, 0].numel())
+    assert callers == []  # the results become one tensor by one concatenation, which `copies` does not count
+    assert len(copies(lambda: _clip_by_clip(qkv).flatten(3), numel=1)) == 0
+
+
+@settings(max_examples=20)
+@given(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 7)), st.integers(1, 40))
+def test_a_feed_forward_network_in_pieces_is_the_same(shape: tuple[int, int, int], rows: int) -> None:
+    network, x = GEGLU(4).double(), randn(*shape, 4)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        whole = network._inside(x)
+        patch.setattr(attention, "CACHED", rows * 32)
+        pieces = network(x)
+    assert pieces.shape == whole.shape
+    close(pieces, whole)
+
+
 def test_temporal_transformer_copies_nothing_else() -> None:
     module = TemporalTransformer(16, heads=4, head_dim=4, groups=4).eval()
     x = channels_last(2, 16, 3, 9, 16)
@@ -249,7 +279,7 @@ def test_spatial_transformer_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     module = SpatialTransformer(16, heads=4, head_dim=4, context_dim=6, groups=4).eval()
     x, context = channels_last(2, 16, 3, 9, 16), torch.randn(2, 5, 6)
     assert module(x, EMPTY, context).is_contiguous(memory_format=torch.channels_last_3d)
-    monkeypatch.setattr(attention, "SHORT", 0)  # the fused kernel throughout, as on a GPU
+    monkeypatch.setattr(operations, "SHORT", 0)  # the fused kernel throughout, as on a GPU
     assert copies(lambda: module(x, EMPTY, context), numel=x.numel()) == []
 
 

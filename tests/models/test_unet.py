@@ -141,8 +141,12 @@ def test_every_layer_keeps_channels_last() -> None:
     broken: list[str] = []
 
     def check(name: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            if out.dim() == 5 and not out.is_contiguous(memory_format=torch.channels_last_3d):
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if (
+                isinstance(out, Tensor)
+                and out.dim() == 5
+                and not out.is_contiguous(memory_format=torch.channels_last_3d)
+            ):
                 broken.append(name)
 
         module.register_forward_hook(hook)

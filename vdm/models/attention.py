@@ -1,4 +1,4 @@
-"""Attention of every kind the model has, all through one function around `scaled_dot_product_attention`.
+"""Attention of every kind the model has, and the transformers made of it.
 
 Tokens are (B, T, P, C): video, frame, position, channel. Which axis attends is a matter of view:
 space (B*T, P), text (B, T*P) against L tokens that all frames share, time (B*P, T).
@@ -10,41 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, from_tokens, to_tokens, zero_init
+from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
-# CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
-MAX_BATCH = 65_535
-# On a CPU the fused kernel's tiles are longer than these sequences: plain products win, and by far in the backward.
-SHORT = 128
-
-
-def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v -> (B, N, L, D), for any batch size and any strides."""
-    if q_BNLD.shape[0] > MAX_BATCH:
-        pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
-        return torch.cat([attend(q, k, v) for q, k, v in pieces])
-    if q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
-    return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
-
-
-def attend_frames(qkv: Tensor) -> Tensor:
-    """Attention among the frames of each position: packed (B, T, P, 3, N, D) -> (B, T, P, N, D), a view of an output
-    with the heads outside. One copy in, for no view has B and P, or P and N, on one axis."""
-    B, _, P, *_ = qkv.shape
-    q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # 3 x (B*P, N, T, D): the copy in
-    return attend(q, k, v).unflatten(0, (B, P)).permute(0, 3, 1, 2, 4)
-
-
-def geglu(x: Tensor) -> Tensor:
-    """a * gelu(g) of x = [a, g]: (..., 2W) -> (..., W) (arXiv 2002.05202)."""
-    value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+# Numbers inside a feed-forward network that a CPU's caches hold.
+CACHED = 2**20
 
 
 class SpatialSelfAttention(nn.Module):
@@ -63,8 +35,8 @@ class SpatialSelfAttention(nn.Module):
 
 
 class TemporalSelfAttention(SpatialSelfAttention):
-    """Self-attention among the frames of one position; the same weights' shapes. `over_frames` is as `attend_frames`,
-    which takes one copy in and one out; a kernel that reads and writes the order of the projections takes none."""
+    """Self-attention among the frames of one position; the same weights' shapes. `over_frames` is as `attend_frames`;
+    a kernel that reads and writes the order of the projections copies nothing."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, over_frames: Callable[[Tensor], Tensor] = attend_frames):
         super().__init__(dim, heads, head_dim)
@@ -72,7 +44,7 @@ class TemporalSelfAttention(SpatialSelfAttention):
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
         qkv = self.to_qkv(x_BTPC).unflatten(3, (3, self.heads, -1))  # (B, T, P, 3, N, D)
-        return self.to_out(self.over_frames(qkv).flatten(3))  # (B, T, P, N*D): the copy out, if any
+        return self.to_out(self.over_frames(qkv).flatten(3))  # (B, T, P, N*D)
 
 
 class CrossAttention(nn.Module):
@@ -102,21 +74,40 @@ class GEGLU(nn.Module):
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = max(1, CACHED // self.linear1.out_features)
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x[..., 0].numel() <= rows:
+            return self._inside(x)
+        # What is inside is eight times as large as x, and where no gradient needs it, it need not leave the caches.
+        return torch.cat([self._inside(piece) for piece in x.flatten(0, -2).split(rows)]).view(x.shape)
+
+    def _inside(self, x: Tensor) -> Tensor:
         return self.linear2(self.gate(self.linear1(x)))
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """x, branch -> x + branch and its LayerNorm: the end of one residual branch and the start of the next."""
+
+    def __init__(self, dim: int, operations: Operations):
+        super().__init__(dim)
+        self.operation = operations.add_layer_norm
+
+    def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.operation(x, branch, self.weight, self.bias, self.eps)
 
 
 class TransformerBlock(nn.Module):
     """LN, attention, LN, attention, LN, GEGLU, each a residual, on tokens (B, T, P, C)."""
 
-    def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module, gate: Callable[[Tensor], Tensor]):
+    def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module, operations: Operations):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.attn1, self.attn2, self.ff = attn1, attn2, GEGLU(dim, gate)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2, self.norm3 = (AddLayerNorm(dim, operations) for _ in range(2))
+        self.attn1, self.attn2, self.ff = attn1, attn2, GEGLU(dim, operations.geglu)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x, normed = self.norm2(x, self.attn1(self.norm1(x), context))
+        x, normed = self.norm3(x, self.attn2(normed, context))
+        return x + self.ff(normed)
 
 
 class _Transformer(nn.Module):
@@ -144,13 +135,13 @@ class SpatialTransformer(_Transformer):
         head_dim: int,
         context_dim: int,
         groups: int,
-        gate: Callable[[Tensor], Tensor] = geglu,
+        operations: Operations = PLAIN,
     ):
         inner = heads * head_dim
         attn1 = SpatialSelfAttention(inner, heads, head_dim)
         attn2 = CrossAttention(inner, heads, head_dim, context_dim)
-        block = TransformerBlock(inner, attn1, attn2, gate)
-        super().__init__(channels, FrameGroupNorm(groups, channels, eps=1e-6), block, inner)
+        block = TransformerBlock(inner, attn1, attn2, operations)
+        super().__init__(channels, FrameGroupNorm(groups, channels, eps=1e-6, operations=operations), block, inner)
 
 
 class TemporalTransformer(_Transformer):
@@ -165,11 +156,10 @@ class TemporalTransformer(_Transformer):
         heads: int,
         head_dim: int,
         groups: int,
-        over_frames: Callable[[Tensor], Tensor] = attend_frames,
-        gate: Callable[[Tensor], Tensor] = geglu,
+        operations: Operations = PLAIN,
     ):
         inner = heads * head_dim
-        attn1, attn2 = (TemporalSelfAttention(inner, heads, head_dim, over_frames) for _ in range(2))
-        block = TransformerBlock(inner, attn1, attn2, gate)
-        super().__init__(channels, VideoGroupNorm(groups, channels, eps=1e-6), block, inner)
+        attn1, attn2 = (TemporalSelfAttention(inner, heads, head_dim, operations.attend_frames) for _ in range(2))
+        block = TransformerBlock(inner, attn1, attn2, operations)
+        super().__init__(channels, VideoGroupNorm(groups, channels, eps=1e-6, operations=operations), block, inner)
         zero_init(self.proj_out)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vdm.models.dropout import ClipDropout
 from vdm.models.layers import FrameConv, FrameGroupNorm, KeepSize, TemporalConv, Upsample, VideoGroupNorm, zero_init
+from vdm.models.operations import PLAIN, Operations
 
 
 class Pass(nn.Module):
@@ -20,21 +21,29 @@ class Pass(nn.Module):
 class ResBlock(nn.Module):
     """GN-SiLU-Conv3x3, + Linear(SiLU(emb)), GN-SiLU-Dropout-Conv3x3, residual. Both norms are per frame, eps 1e-5."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, groups: int, dropout: float):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        groups: int,
+        dropout: float,
+        operations: Operations = PLAIN,
+    ):
         super().__init__()
-        self.norm1 = FrameGroupNorm(groups, in_channels)
+        self.norm1 = FrameGroupNorm(groups, in_channels, silu=True, operations=operations)
         self.conv1 = FrameConv(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
-        self.norm2 = FrameGroupNorm(groups, out_channels)
+        self.norm2 = FrameGroupNorm(groups, out_channels, silu=True, operations=operations)
         self.dropout = ClipDropout(dropout)
         self.conv2 = FrameConv(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut: nn.Module = nn.Identity() if same else FrameConv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         h = h + self.emb(F.silu(emb))[:, :, None, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(self.norm2(h)))
         return self.shortcut(x) + h
 
 
@@ -44,9 +53,10 @@ class TemporalConvBlock(nn.Module):
     The last convolution starts at zero: an untrained block changes nothing. The first has no dropout.
     """
 
-    def __init__(self, channels: int, layers: int, groups: int, dropout: float):
+    def __init__(self, channels: int, layers: int, groups: int, dropout: float, operations: Operations = PLAIN):
         super().__init__()
-        self.norms = nn.ModuleList(VideoGroupNorm(groups, channels) for _ in range(layers))
+        norms = (VideoGroupNorm(groups, channels, silu=True, operations=operations) for _ in range(layers))
+        self.norms = nn.ModuleList(norms)
         self.dropouts = nn.ModuleList(ClipDropout(dropout if i else 0.0) for i in range(layers))
         self.convs = nn.ModuleList(TemporalConv(channels, channels) for _ in range(layers))
         zero_init(self.convs[-1])
@@ -54,7 +64,7 @@ class TemporalConvBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         h = x
         for norm, dropout, conv in zip(self.norms, self.dropouts, self.convs, strict=True):
-            h = conv(dropout(F.silu(norm(h))))
+            h = conv(dropout(norm(h)))
         return x + h
 
 

@@ -8,26 +8,17 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vdm.errors import UserError
-from vdm.models.attention import attend_frames, geglu
+from vdm.models import operations as plain
+from vdm.models.operations import PLAIN, Operations
 
 AttentionKernel = Literal["auto", "sdpa", "triton"]
 CAPABILITY = (8, 0)  # of the oldest GPUs that the kernels are compiled for: A100
-
-
-class Operations(NamedTuple):
-    """`attend_frames`: packed q, k, v (B, T, P, 3, N, D) -> (B, T, P, N, D); `geglu`: (..., 2W) -> (..., W)."""
-
-    attend_frames: Callable[[Tensor], Tensor]
-    geglu: Callable[[Tensor], Tensor]
-
-
-PLAIN = Operations(attend_frames, geglu)
 
 
 def choose(kernel: AttentionKernel) -> Operations:
@@ -42,22 +33,45 @@ def choose(kernel: AttentionKernel) -> Operations:
     elif reason := _why_not():
         raise _refused(reason)
 
-    from kernels.geglu import geglu as fused_geglu
-    from kernels.temporal_attention import temporal_attention, why_not
-
-    attention = _attend_frames_if_it_can if kernel == "auto" else _attend_frames_or_refuse
-    if kernel == "auto" and (problem := _problem_of(temporal_attention, fused_geglu)):
+    ours = _kernels(attention=_attend_frames_if_it_can if kernel == "auto" else _attend_frames_or_refuse)
+    if kernel == "auto" and (problem := _problem_of(ours)):
         _warn(f"model.attention_kernel=auto means sdpa here, for {problem}")
         return PLAIN
-    return Operations(partial(attention, temporal_attention, why_not), partial(_geglu_if_it_can, fused_geglu))
+    return ours
 
 
 @cache
-def _problem_of(attend: Callable[[Tensor], Tensor], gate: Callable[[Tensor], Tensor]) -> str | None:
-    """What is wrong with fused operations on the GPU at hand, by one small try of each; nobody asked for them."""
-    return _difference("attention", attend, attend_frames, (2, 5, 3, 3, 2, 64)) or _difference(
-        "geglu", gate, geglu, (7, 96)
+def _kernels(attention: Callable[..., Tensor]) -> Operations:
+    from kernels import add_layer_norm, geglu, group_norm, temporal_attention
+
+    return Operations(
+        partial(attention, temporal_attention.temporal_attention, temporal_attention.why_not),
+        partial(_if_on_gpu, geglu.geglu, plain.geglu),
+        partial(_if_on_gpu, group_norm.group_norm, plain.group_norm),
+        partial(_add_layer_norm_if_it_can, add_layer_norm.add_layer_norm, add_layer_norm.why_not),
     )
+
+
+@cache
+def _problem_of(ours: Operations) -> str | None:
+    """What is wrong with fused operations on the GPU at hand, by one small try of each; nobody asked for them."""
+
+    def group_norm(on: Operations, x: Tensor) -> Tensor:
+        return on.group_norm(x, 4, x[0, :, 0, 0], x[0, :, 0, 1], 1e-5, True)
+
+    def layer_norm(on: Operations, x: Tensor) -> Tensor:
+        return torch.cat(on.add_layer_norm(x, x.cos(), x[0], x[1], 1e-5))
+
+    tries: dict[str, tuple[Callable[[Operations, Tensor], Tensor], tuple[int, ...]]] = {
+        "attention": (lambda on, x: on.attend_frames(x), (2, 5, 3, 3, 2, 64)),
+        "geglu": (lambda on, x: on.geglu(x), (7, 96)),
+        "group norm": (group_norm, (2, 24, 5, 7)),
+        "layer norm": (layer_norm, (7, 48)),
+    }
+    for name, (operation, shape) in tries.items():
+        if problem := _difference(name, partial(operation, ours), partial(operation, PLAIN), shape):
+            return problem
+    return None
 
 
 def _difference(
@@ -127,7 +141,7 @@ WhyNot = Callable[[Tensor], str | None]
 
 
 def _attend_frames_if_it_can(kernel: Callable[[Tensor], Tensor], why_not: WhyNot, qkv: Tensor) -> Tensor:
-    return attend_frames(qkv) if why_not(qkv) else kernel(qkv)
+    return plain.attend_frames(qkv) if why_not(qkv) else kernel(qkv)
 
 
 def _attend_frames_or_refuse(kernel: Callable[[Tensor], Tensor], why_not: WhyNot, qkv: Tensor) -> Tensor:
@@ -136,5 +150,12 @@ def _attend_frames_or_refuse(kernel: Callable[[Tensor], Tensor], why_not: WhyNot
     return kernel(qkv)
 
 
-def _geglu_if_it_can(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return kernel(x) if x.is_cuda or _interpreting() else geglu(x)
+def _add_layer_norm_if_it_can(
+    kernel: Callable[..., tuple[Tensor, Tensor]], why_not: Callable[..., str | None], *given: Any
+) -> tuple[Tensor, Tensor]:
+    # Types differ where the sum widens, as under autocast where one summand was computed in float32.
+    return plain.add_layer_norm(*given) if why_not(*given[:-1]) else kernel(*given)
+
+
+def _if_on_gpu(kernel: Callable[..., Tensor], otherwise: Callable[..., Tensor], x: Tensor, *given: Any) -> Tensor:
+    return kernel(x, *given) if x.is_cuda or _interpreting() else otherwise(x, *given)

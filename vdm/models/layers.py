@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdm.models.operations import PLAIN, Operations
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -81,19 +83,33 @@ class FrameConv(nn.Conv2d):
         return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
 
 
-class FrameGroupNorm(nn.GroupNorm):
-    """GroupNorm whose statistics are those of one frame: over (C/groups, H, W), never over T."""
+class _GroupNorm(nn.GroupNorm):
+    """GroupNorm, then SiLU if asked for, by one of `operations`."""
+
+    def __init__(
+        self, groups: int, channels: int, eps: float = 1e-5, *, silu: bool = False, operations: Operations = PLAIN
+    ):
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+        self.operation = operations.group_norm
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.operation(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+class FrameGroupNorm(_GroupNorm):
+    """GroupNorm whose statistics are those of one frame: over (C/groups, H, W), never over T. SiLU follows if asked."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+        return unfold_frames(self._normed(fold_frames(x)), x.shape[2])
 
 
-class VideoGroupNorm(nn.GroupNorm):
-    """GroupNorm whose statistics are those of one video: over (C/groups, T, H, W)."""
+class VideoGroupNorm(_GroupNorm):
+    """GroupNorm whose statistics are those of one video: over (C/groups, T, H, W). SiLU follows if asked."""
 
     def forward(self, x: Tensor) -> Tensor:
         # As (B, C, T, H*W) the 4-D channels_last kernel serves; the 5-D one copies to (B, C, T, H, W) order first.
-        return super().forward(x.flatten(3)).unflatten(3, x.shape[3:])
+        return self._normed(x.flatten(3)).unflatten(3, x.shape[3:])
 
 
 class TemporalConv(nn.Conv3d):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
@@ -47,7 +46,7 @@ class UNetConfig:
     dropout: float = 0.0
     temporal_dropout: float = 0.1
     max_num_frames: int | None = None
-    attention_kernel: AttentionKernel = "auto"  # of attention over frames, and the gates that go with it
+    attention_kernel: AttentionKernel = "auto"  # of attention over frames, gates and norms
 
     def __post_init__(self) -> None:
         counts = ("in_channels", "unet_dim", "num_res_blocks", "attention_heads", "attention_head_dim")
@@ -123,7 +122,9 @@ class UNet3D(nn.Module):
                 self.decoder.append(DecoderLayer(up, layer))
                 channels = width
 
-        self.norm_out = FrameGroupNorm(config.norm_num_groups, dim * config.channel_mult[0])
+        self.norm_out = FrameGroupNorm(
+            config.norm_num_groups, dim * config.channel_mult[0], silu=True, operations=self.operations
+        )
         self.conv_out = FrameConv(dim * config.channel_mult[0], config.in_channels, 3, padding=1)
         number_layers(self)
         channels_last_weights(self)
@@ -132,7 +133,7 @@ class UNet3D(nn.Module):
         config = self.config
         if config.model_type == "spatial":
             return Pass()
-        return TemporalTransformer(channels, heads, config.attention_head_dim, config.norm_num_groups, *self.operations)
+        return TemporalTransformer(channels, heads, config.attention_head_dim, config.norm_num_groups, self.operations)
 
     def _layer(self, in_channels: int, channels: int, attention: bool) -> UNetLayer:
         config = self.config
@@ -142,11 +143,11 @@ class UNet3D(nn.Module):
             config.norm_num_groups,
         )
         return UNetLayer(
-            ResBlock(in_channels, channels, 4 * config.unet_dim, groups, config.dropout),
+            ResBlock(in_channels, channels, 4 * config.unet_dim, groups, config.dropout, self.operations),
             Pass()
             if config.model_type == "spatial"
-            else TemporalConvBlock(channels, config.temporal_layers, groups, config.temporal_dropout),
-            SpatialTransformer(channels, heads, head_dim, config.context_dim, groups, self.operations.geglu)
+            else TemporalConvBlock(channels, config.temporal_layers, groups, config.temporal_dropout, self.operations),
+            SpatialTransformer(channels, heads, head_dim, config.context_dim, groups, self.operations)
             if attention
             else Pass(),
             self._temporal(channels, heads) if attention else Pass(),
@@ -184,4 +185,4 @@ class UNet3D(nn.Module):
             x = block(x, emb, context)
         for block in self.decoder:
             x = block(x, skips.pop(), emb, context)
-        return self.conv_out(F.silu(self.norm_out(x))).to(latents.dtype)
+        return self.conv_out(self.norm_out(x)).to(latents.dtype)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
-from vdm.models.attention import attend
 from vdm.models.layers import TemporalConv, VideoGroupNorm, channels_last_weights, fold_frames, unfold_frames, zero_init
+from vdm.models.operations import attend
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vdm.models.vae import AttentionBlock2D, ResBlock2D, TimeMix
 
 # What runs again at one go. A layer of the decoder begins at its two inputs, for what it makes of them is larger.
 BLOCKS = (DecoderLayer, UNetLayer, TemporalTransformer, ResBlock2D, AttentionBlock2D, TimeMix, ResidualAttentionBlock)
-CHEAP = ("geglu", "clip_mask")  # of our own operators
+CHEAP = ("geglu", "group_norm", "add_layer_norm", "clip_mask")  # of our own operators
 # Of PyTorch's own operations; any other library's counts as expensive too.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_convolution", "mkldnn_convolution")
 ATTENTION = ("_scaled_dot_product_", "_flash_attention", "_efficient_attention", "_cudnn_attention")

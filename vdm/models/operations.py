@@ -1,0 +1,81 @@
+"""The operations that may run fused, in plain PyTorch: attention over frames, gates, norms with what is next to them.
+
+`vdm.models.fused` decides, once for a network, whether these run or the kernels that compute the same. All attention
+goes through one function around `scaled_dot_product_attention`.
+Suffixes: B batch, N heads, L / S length of queries / keys, D head dim, T frames, P positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
+MAX_BATCH = 65_535
+# On a CPU the fused kernel's tiles are longer than these sequences: plain products win, and by far in the backward.
+SHORT = 128
+# So few clips are faster attended to one by one, on views, than copied first to be attended to at once.
+FEW = 4
+
+
+def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v -> (B, N, L, D), for any batch size and any strides."""
+    if q_BNLD.shape[0] > MAX_BATCH:
+        pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
+        return torch.cat([attend(q, k, v) for q, k, v in pieces])
+    if q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+    return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+
+
+def attend_frames(qkv: Tensor) -> Tensor:
+    """Attention among the frames of each position: packed (B, T, P, 3, N, D) -> (B, T, P, N, D).
+
+    No view of all clips has B and P on one axis. Of one clip there is one, which a GPU's kernels take as it is: the
+    only copy is that of the result. Products on a CPU copy their operands anyway, so there one copy is made of all.
+    """
+    if qkv.is_cuda and qkv.shape[0] <= FEW:
+        return _clip_by_clip(qkv)
+    q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # 3 x (B*P, N, T, D): the copy
+    return attend(q, k, v).unflatten(0, (qkv.shape[0], -1)).permute(0, 3, 1, 2, 4)
+
+
+def _clip_by_clip(qkv: Tensor) -> Tensor:
+    outs = [attend(*clip.permute(2, 1, 3, 0, 4)) for clip in qkv]  # each (P, N, T, D)
+    return torch.stack([out.permute(2, 0, 1, 3) for out in outs])
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a * gelu(g) of x = [a, g]: (..., 2W) -> (..., W) (arXiv 2002.05202)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """GroupNorm (arXiv 1803.08494) of (N, C, H, W), then SiLU if asked for."""
+    normed = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(normed) if silu else normed
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch, and its LayerNorm (arXiv 1607.06450) over the last axis."""
+    total = x + branch
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+class Operations(NamedTuple):
+    """The four, each as the function of its name here."""
+
+    attend_frames: Callable[[Tensor], Tensor]
+    geglu: Callable[[Tensor], Tensor]
+    group_norm: Callable[[Tensor, int, Tensor, Tensor, float, bool], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+PLAIN = Operations(attend_frames, geglu, group_norm, add_layer_norm)
