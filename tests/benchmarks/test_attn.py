@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import attn, timing
-from benchmarks.attn import Row, Shape, core, error_of, layer, shapes, table
+from benchmarks.attn import Shape, core, error_of, layer, shapes
 from benchmarks.attn_rivals import cores
+from benchmarks.rows import PASSES, Row, table
 
 CPU = torch.device("cpu")
 TINY = Shape("L0", 2, 5, 4, 2, 16, "fp32")
@@ -15,7 +16,7 @@ TINY = Shape("L0", 2, 5, 4, 2, 16, "fp32")
 
 def test_the_bytes_that_must_be_moved() -> None:
     one = 2 * 5 * 4 * 2 * 16 * 4
-    assert [TINY.bytes(which) for which in attn.PASSES] == [4 * one, 7 * one, 11 * one]
+    assert [TINY.bytes(which) for which in PASSES] == [4 * one, 7 * one, 11 * one]
 
 
 def test_all_places_of_the_unet_and_odd_lengths_are_measured() -> None:
@@ -35,7 +36,7 @@ def test_what_is_not_supported_is_shown(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(timing.REPEATS, "cpu", 2)
     rows = core(TINY, CPU, 1e9, compiled=False)
     timed = [row for row in rows if row.ms is not None]
-    assert {row.which for row in timed} == set(attn.PASSES)
+    assert {row.which for row in timed} == set(PASSES)
     assert {row.name for row in rows if row.unsupported} == {"efficient", "cudnn"}
     assert all(row.of_copy == pytest.approx(row.gb_per_s) for row in timed)  # of 1 GB/s
     lines = list(table(rows))
@@ -47,5 +48,5 @@ def test_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(timing.REPEATS, "cpu", 2)
     rows = layer(Shape("L0", 1, 3, 4, 2, 32, "fp32"), CPU, compiled=False)
     ours: list[Row] = [row for row in rows if row.name == "vdm sdpa"]
-    assert [row.which for row in ours] == list(attn.PASSES)
+    assert [row.which for row in ours] == list(PASSES)
     assert all(row.ours_is_faster == 1.0 and row.level == "layer" for row in ours)

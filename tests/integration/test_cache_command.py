@@ -135,6 +135,7 @@ def test_a_trainable_tower_is_kept_and_trained(root: Path, tmp_path: Path) -> No
         assert (train(config) / "text.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_run_from_a_cache_goes_on_to_the_bit(root: Path, made: Path, tmp_path: Path) -> None:
     """Its frozen parts come from the checkpoint then, for what they were made from may be gone."""
     vae = train(load(TINY, ["training.task=vae", "max_train_steps=2", f"run_dir={tmp_path / 'vae'}"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ def the_clips(config: Config) -> tuple[list[str], Tensor]:
     return [s["caption"] for s in samples], torch.stack([s["video"].transpose(0, 1) / 255 for s in samples])
 
 
+@pytest.mark.slow
 def test_four_clips_are_recovered_from_noise_by_ddim_50(tmp_path: Path) -> None:
     """Against the clips' own pixels, so the autoencoder's error counts too.
 

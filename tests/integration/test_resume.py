@@ -73,6 +73,7 @@ def killed_after(step: int, run_dir: Path) -> None:
     assert process.returncode == -signal.SIGKILL, shown
 
 
+@pytest.mark.slow
 def test_killed_after_step_10_and_resumed_a_20_step_run_ends_with_the_same_weights(
     command: Callable[..., Any], shell: Callable[..., Any], finished_run: Path, tmp_path: Path
 ) -> None:

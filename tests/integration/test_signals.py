@@ -147,7 +147,7 @@ def no_room() -> Iterator[Callable[[int], None]]:
     limit(-1)
 
 
-@pytest.mark.parametrize("in_background", ["false", "true"])
+@pytest.mark.parametrize("in_background", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_full_disk_costs_checkpoints_and_only_after_three_of_them_the_run(
     tmp_path: Path, no_room: Callable[[int], None], capsys: pytest.CaptureFixture[str], in_background: str
 ) -> None:

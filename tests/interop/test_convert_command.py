@@ -126,6 +126,7 @@ def test_the_command_converts(shell: Command, model: Path, tmp_path: Path) -> No
     assert made.code == 0 and len(list((tmp_path / "o").glob("*.mp4"))) == 1, made
 
 
+@pytest.mark.slow
 def test_training_starts_from_any_layout(shell: Command, exported: dict[str, Path], tmp_path: Path) -> None:
     """vae.vae_weights, text.text_weights and training.init_from take the folders as they are."""
     folder = exported["diffusers"]

@@ -120,7 +120,7 @@ def check_both_ways(links: Sequence[Link], tensors: dict[str, Tensor]) -> None:
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(unet_configs())
 def test_every_unet_goes_over_and_comes_back(config: UNetConfig) -> None:
     for layout in ("diffusers", "modelscope"):

@@ -88,6 +88,7 @@ def test_a_single_file_is_read(tmp_path: Path) -> None:
     assert video.unet.transformer_in.proj_in.weight.std() > 0 and not video.unet.transformer_in.proj_out.weight.any()
 
 
+@pytest.mark.slow
 def test_it_is_a_model_like_any_other(tmp_path: Path) -> None:
     """Read directly, and into the other layouts, where the new layers are the same ones."""
     file, _ = single_file(tmp_path)

@@ -131,6 +131,7 @@ def test_good_clips_are_no_culprits(tmp_path: Path) -> None:
     assert find_culprits([batch], trainer.task.modules, gradients_of) == []
 
 
+@pytest.mark.slow
 def test_many_in_a_row_go_back_to_the_last_checkpoint_and_then_give_up(tmp_path: Path) -> None:
     """From step 6 on every clip is bad: after three the weights are checkpoint-4's, after three more it ends."""
     trainer = trainer_of(tmp_path, "training.max_bad_steps=3", "training.checkpointing_steps=4")
@@ -210,6 +211,7 @@ def test_the_mean_of_losses_leaves_out_what_is_no_number() -> None:
     assert math.isnan(mean_of_finite([math.nan]))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_skipped_step_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = KeptLatents.entry
 

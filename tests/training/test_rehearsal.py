@@ -59,6 +59,7 @@ def test_a_rehearsed_run_is_the_same_to_the_bit(tmp_path: Path, capsys: pytest.C
     assert shown == names(tmp_path / "plain" / "samples") | {"step-000000"}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_rehearses_too_and_shows_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

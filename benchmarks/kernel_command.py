@@ -1,0 +1,76 @@
+"""The command of benchmarks of our kernels: times on a GPU; without one, what can be known all the same.
+
+That is what the CPU runs, how exact the kernels are in Triton's interpreter, and what they take of a GPU when compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import environment, write_json
+from benchmarks.rows import Row, table
+from benchmarks.timing import clocks, copy_bandwidth
+from vdm.cli import Parser
+from vdm.generate import pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+Rows = Callable[[torch.device, float], Iterable[Row]]
+
+
+def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, cpu_rows: Rows, check: str) -> None:
+    """Print and save the rows of a device, which are given it and its copy bandwidth in bytes a second. `check` is code
+    for the interpreter, which prints errors as JSON."""
+    parser = Parser(prog=prog, description=title.split("\n")[0])
+    parser.flag("--device", help="cuda or cpu; a GPU by default where there is one")
+    parser.flag("--json", type=Path, metavar="FILE", help="save the table")
+    options = parser.parse_args(arguments)
+    device = pick_device(options.device)
+    on_gpu = device.type == "cuda"
+    copy = copy_bandwidth(device)
+    facts = {**environment(device), "gpu": clocks() if on_gpu else None, "copy_gb_per_s": copy / 1e9}
+    facts["others"] = {name: version(name) for name in ("triton", "diffusers") if find_spec(name) is not None}
+    print(json.dumps(facts, indent=1))
+    if not on_gpu:
+        print("These are CPU times, in which the kernels have no part: how fast those are, they do not say.")
+    rows = list((gpu_rows if on_gpu else cpu_rows)(device, copy))
+    for line in table(rows):
+        print(line)
+    record: dict[str, object] = {**facts, "rows": [asdict(row) for row in rows]}
+    if not on_gpu:
+        errors, taken = interpreted(check), compiled()
+        print("in Triton's interpreter, float32 against float64:", errors or "triton is missing")
+        print(*(taken or ["not compiled here: triton or its ptxas is missing"]), sep="\n")
+        record |= {"interpreter": errors, "compiled": taken}
+    if options.json:
+        write_json(options.json, record)
+
+
+def interpreted(check: str) -> dict[str, float]:
+    """Errors of kernels by name, as `check` prints them; none where Triton is missing."""
+    done = _python("-c", check, TRITON_INTERPRET="1")
+    if done.returncode:
+        return {}
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def compiled() -> list[str]:
+    """What the kernels take of a GPU, as far as it can be found without one: lines of a table."""
+    done = _python("-m", "kernels.offline", "bf16")
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**others, "PYTHONPATH": str(ROOT), **more}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
