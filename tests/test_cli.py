@@ -170,7 +170,7 @@ def test_help_and_refusals_do_not_wait_for_torch() -> None:
     code = (
         "import sys\n"
         "from vdm.cli import main, run, sample_command, train_command\n"
-        "sys.argv = ['sample.py', '--sampler', 'dpmpp']; assert run(sample_command) == 2\n"
+        "sys.argv = ['sample.py', '--sampler', 'euler']; assert run(sample_command) == 2\n"
         "sys.argv = ['train.py', 'x.yaml', '--plan', '--mfu', '2']; assert run(train_command) == 2\n"
         "sys.argv = ['vdm', 'evaluate']; assert main() == 2\n"
         "sys.argv = ['sample.py', '--help']\n"

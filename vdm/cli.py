@@ -140,8 +140,6 @@ def sample_command(arguments: Sequence[str]) -> None:
     scale = options.pop("lora_scale")
     if scale is not None and options["lora_path"] is None:
         raise UserError("--lora_scale is that of --lora_path; give both, or neither")
-    if options["sampler"] == "dpmpp":
-        raise UserError("--sampler dpmpp is not there yet; use ddim or ddpm")
 
     from vdm.generate import PROMPTS, Request, generate, read_prompts
 
@@ -160,7 +158,7 @@ def _sample_parser() -> Parser:
     parser.flag("--prompt_file", type=Path, metavar="FILE", help="one prompt a line")
     parser.flag("--negative_prompt", metavar="TEXT", help="what to steer away from")
     parser.flag("--steps", "--num_inference_steps", type=int, metavar="N", help="denoising steps")
-    parser.flag("--sampler", choices=("ddim", "ddpm", "dpmpp"), help="ddim or ddpm (dpmpp is not there yet)")
+    parser.flag("--sampler", choices=("ddim", "ddpm", "dpmpp"), help="dpmpp needs the fewest steps: about 20")
     parser.flag("--eta", type=float, metavar="F", help="randomness of ddim, 0 to 1")
     parser.flag("--guidance_scale", type=float, metavar="F", help="up to 1 is without guidance")
     for name in ("num_frames", "height", "width"):

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from vdm.components import SHIPPED, Components, build_components, fill_part, save_parts, states, without_sources
 from vdm.config import Config
-from vdm.diffusion import SamplingConfig, ddim_sample, ddpm_sample, guided, initial_noise, related_frames
+from vdm.diffusion import (
+    SamplingConfig,
+    ddim_sample,
+    ddpm_sample,
+    dpmpp_sample,
+    guided,
+    initial_noise,
+    related_frames,
+)
 from vdm.errors import UserError
 from vdm.interop import open_model
 from vdm.interop.lora import merge_lora
@@ -89,7 +97,7 @@ class TextToVideo:
         width: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
-        sampler: Literal["ddim", "ddpm"] | None = None,
+        sampler: Literal["ddim", "ddpm", "dpmpp"] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -233,8 +241,10 @@ class TextToVideo:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
         denoise = guided(self.unet, cond, uncond, scale=scale, rescale=rescale)
         steps = options.num_inference_steps
-        shared: dict[str, Any] = {"num_steps": steps, "generators": generators, "callback": callback}
-        shared["correlation"] = self._correlation
+        shared: dict[str, Any] = {"num_steps": steps, "callback": callback}
+        if options.sampler == "dpmpp":
+            return dpmpp_sample(denoise, latents, self.schedule, **shared)
+        shared |= {"generators": generators, "correlation": self._correlation}
         if options.sampler == "ddpm":
             return ddpm_sample(denoise, latents, self.schedule, **shared)
         return ddim_sample(denoise, latents, self.schedule, eta=options.eta, **shared)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdm.diffusion import DiffusionConfig, NoiseSchedule, ddim_sample, initial_noise
+from vdm.diffusion import DiffusionConfig, NoiseSchedule, ddim_sample, dpmpp_sample, initial_noise
 
 pytestmark = pytest.mark.parity
 
@@ -84,3 +84,18 @@ def test_the_named_zero_terminal_snr(diffusers: Any) -> None:
     )  # fmt: skip
     x = initial_noise((4, 2, 3, 3), generators(0, 1))
     check_paths([ddim_sample(network, x, schedule, num_steps=50)], diffusers_path(scheduler, x, 50)[-1:])
+
+
+@pytest.mark.parametrize("num_steps", [5, 20, 50])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v", "x0"])
+def test_dpmpp(diffusers: Any, prediction_type: Any, num_steps: int) -> None:
+    schedule = NoiseSchedule(DiffusionConfig(prediction_type=prediction_type))
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        trained_betas=schedule.trained_betas(), timestep_spacing="trailing", final_sigmas_type="zero",
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction_type],
+    )  # fmt: skip
+    x, path = initial_noise((4, 2, 3, 3), generators(0, 1)), []
+    dpmpp_sample(network, x, schedule, num_steps=num_steps, callback=lambda index, t, x: path.append(x))
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == schedule.timesteps(num_steps).tolist()
+    check_paths(path, diffusers_path(scheduler, x, num_steps))

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vdm.diffusion import DiffusionConfig, NoiseSchedule, SamplingConfig, ddim_sample, ddpm_sample, initial_noise
+from vdm.diffusion import (
+    DiffusionConfig,
+    NoiseSchedule,
+    SamplingConfig,
+    ddim_sample,
+    ddpm_sample,
+    dpmpp_sample,
+    initial_noise,
+)
 from vdm.errors import UserError
 
 MEAN, STD = 0.7, 0.4  # of the toy data, each element an independent Gaussian
@@ -61,14 +69,15 @@ def schedules(draw: st.DrawFn) -> NoiseSchedule:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("sample", [ddim_sample, dpmpp_sample])
+@settings(max_examples=40, deadline=None)
 @given(schedule=schedules(), data=st.data())
-def test_ddim_with_the_true_noise_recovers_x0(schedule: NoiseSchedule, data: st.DataObject) -> None:
+def test_with_the_true_noise_x0_is_recovered(sample: Any, schedule: NoiseSchedule, data: st.DataObject) -> None:
     num_steps = data.draw(st.integers(1, schedule.config.num_train_timesteps))
     x0, noise = torch.randn(2, 2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(num_steps))
     first = schedule.timesteps(num_steps)[:1].expand(2)
     x = schedule.add_noise(x0, noise, first)
-    found = ddim_sample(lambda x, t: schedule.target(x0, noise, t), x, schedule, num_steps=num_steps)
+    found = sample(lambda x, t: schedule.target(x0, noise, t), x, schedule, num_steps=num_steps)
     # Finding x0 from the noise divides float32 rounding by the signal that is left at the first step.
     divisor = schedule.signal[first[0]].item() if schedule.config.prediction_type == "epsilon" else 1.0
     assert (found - x0).abs().max() < 1e-5 + 2e-6 / divisor
@@ -135,6 +144,30 @@ def test_ddim_converges_to_the_moments_of_the_data(prediction_type: Any) -> None
     assert all(1.7 < coarse / fine < 2.3 for coarse, fine in zip(missing, missing[1:], strict=False))  # of first order
 
 
+def test_dpmpp_converges_with_the_square_of_its_steps() -> None:
+    """Up to its last step, which is of first order, against the exact path of a Gaussian's probability flow."""
+    log_snr = torch.linspace(6.0, -6.0, 1000, dtype=torch.float64)  # so that all steps are equally long
+    alpha_bar = log_snr.sigmoid()
+    betas = (1.0 - alpha_bar / torch.cat([torch.ones(1).double(), alpha_bar[:-1]])).tolist()
+    schedule = NoiseSchedule(DiffusionConfig(prediction_type="v", trained_betas=tuple(betas))).double()
+    errors = []
+
+    def exact(t: int, start: float) -> float:
+        first = int(schedule.timesteps(25)[0])
+        spread = [math.hypot(schedule.signal[i].item() * STD, schedule.noise[i].item()) for i in (first, t)]
+        means = [schedule.signal[i].item() * MEAN for i in (first, t)]
+        return means[1] + spread[1] / spread[0] * (start - means[0])
+
+    for num_steps in (25, 50, 100):
+        path: list[Tensor] = []
+        x = torch.tensor([[1.0]], dtype=torch.float64)
+        sampled = {"num_steps": num_steps, "callback": partial(_keep, path)}
+        dpmpp_sample(gaussian_denoiser(schedule), x, schedule, **sampled)
+        errors.append(abs(path[-2].item() - exact(int(schedule.timesteps(num_steps)[-1]), 1.0)))
+    assert errors[0] < 0.01
+    assert all(3.0 < coarse / fine < 5.0 for coarse, fine in zip(errors, errors[1:], strict=False)), errors
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_many_steps_give_the_moments_of_the_data(eta: float) -> None:
     schedule = NoiseSchedule(DiffusionConfig(prediction_type="v", zero_terminal_snr=True))
@@ -151,15 +184,17 @@ def test_noise_of_a_clip_is_its_own() -> None:
     assert torch.equal(batch.flip(0), initial_noise((4, 3, 2, 2), generators(9, 8, 7)))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6, None])  # None is ddpm
+@pytest.mark.parametrize("eta", [0.0, 0.6, "ddpm", "dpmpp"])
 @settings(max_examples=15, deadline=None)
 @given(schedule=schedules(), seeds=st.lists(st.integers(0, 2**32), min_size=3, max_size=3))
-def test_result_of_a_clip_does_not_depend_on_its_batch(eta: float | None, schedule: NoiseSchedule, seeds: Any) -> None:
+def test_result_of_a_clip_does_not_depend_on_its_batch(eta: float | str, schedule: NoiseSchedule, seeds: Any) -> None:
     def sample(*own: int) -> Tensor:
         x = initial_noise((4, 3, 2, 2), generators(*own))
         num_steps, random = min(7, schedule.config.num_train_timesteps), generators(*[seed + 1 for seed in own])
         denoise = gaussian_denoiser(schedule)
-        if eta is None:
+        if eta == "dpmpp":
+            return dpmpp_sample(denoise, x, schedule, num_steps=num_steps)
+        if eta == "ddpm":
             return ddpm_sample(denoise, x, schedule, num_steps=num_steps, generators=random)
         return ddim_sample(denoise, x, schedule, num_steps=num_steps, eta=eta, generators=random)
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from vdm.diffusion.guidance import guided, rescale_guidance
 from vdm.diffusion.loss import ddpm_loss, weighted_mse
 from vdm.diffusion.noise import related_noise
-from vdm.diffusion.samplers import SamplingConfig, ddim_sample, ddpm_sample, initial_noise, related_frames
+from vdm.diffusion.samplers import (
+    SamplingConfig,
+    ddim_sample,
+    ddpm_sample,
+    dpmpp_sample,
+    initial_noise,
+    related_frames,
+)
 from vdm.diffusion.schedule import DiffusionConfig, NoiseSchedule
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "ddim_sample",
     "ddpm_loss",
     "ddpm_sample",
+    "dpmpp_sample",
     "guided",
     "initial_noise",
     "related_frames",
