@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import close, copies, differ, randn, randomise
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vdm.models.layers import (
     Downsample,
@@ -190,11 +191,28 @@ def test_upsample_reaches_the_size_of_its_skip(shape: tuple[int, ...], odd_heigh
     assert up(video(*shape), size).shape == (B, C, T, *size)
 
 
-def test_upsample_is_nearest_neighbour_then_convolution() -> None:
-    up = randomise(Upsample(2))
-    x = video(1, 2, 3, 2, 3)
-    doubled = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-    close(up(x, (4, 6)), up.conv(doubled))
+@settings(max_examples=20)
+@given(SIZES, st.booleans())
+def test_upsample_is_nearest_neighbour_then_convolution(shape: tuple[int, ...], doubling: bool) -> None:
+    B, C, T, H, W = shape
+    size = (2 * H, 2 * W) if doubling else (2 * H + 1, 2 * W)
+    up, x = randomise(Upsample(C)), video(*shape).requires_grad_()
+    frames = F.interpolate(fold_frames(x), size=size, mode="nearest")
+    expected = unfold_frames(F.conv2d(frames, up.conv.weight, up.conv.bias, padding=1), T)
+    found = up(x, size)
+    close(found, expected)
+    grad = randn(*found.shape)
+    leaves = (x, *up.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, grad) for y in (found, expected)), strict=True):
+        close(ours, theirs)
+
+
+def test_upsample_never_enlarges_what_it_multiplies() -> None:
+    x = torch.randn(1, 4, 2, 8, 8)
+    up = Upsample(4)
+    with FlopCounterMode(display=False) as counter:
+        assert up(x, (16, 16)).is_contiguous(memory_format=torch.channels_last_3d)
+    assert counter.get_total_flops() == 2 * 2 * (9 * 9) * 16 * 4 * 4  # of 2 * 2 * (16 * 16) * 9 * 4 * 4
 
 
 def test_keep_size_keeps() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, from_tokens, to_tokens, zero_init
+from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, as_many, from_tokens, to_tokens, zero_init
 from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
@@ -48,7 +48,10 @@ class TemporalSelfAttention(SpatialSelfAttention):
 
 
 class CrossAttention(nn.Module):
-    """Attention of all T*P tokens of a video to the L tokens of its text; keys and values are made once per video."""
+    """Attention of all T*P tokens of a video to the L tokens of its text; keys and values are made once per video.
+
+    A video (B, T, P, C) that has k texts (k*B, L, context_dim) gives (k*B, T, P, C).
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
         super().__init__()
@@ -59,9 +62,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BTPC: Tensor, context_BLC: Tensor) -> Tensor:
         q = self.to_q(x_BTPC).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, T*P, D)
+        q = as_many(q, context_BLC)
         kv = self.to_kv(context_BLC).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, N, L, D)
         out = attend(q, kv[0], kv[1])
-        return self.to_out(out.transpose(1, 2).flatten(2).view(*x_BTPC.shape[:3], -1))
+        return self.to_out(out.transpose(1, 2).flatten(2).unflatten(1, x_BTPC.shape[1:3]))
 
 
 class GEGLU(nn.Module):
@@ -96,7 +100,10 @@ class AddLayerNorm(nn.LayerNorm):
 
 
 class TransformerBlock(nn.Module):
-    """LN, attention, LN, attention, LN, GEGLU, each a residual, on tokens (B, T, P, C)."""
+    """LN, attention, LN, attention, LN, GEGLU, each a residual, on tokens (B, T, P, C).
+
+    Where k texts a video meet them, at the second attention, the tokens become (k*B, T, P, C).
+    """
 
     def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module, operations: Operations):
         super().__init__()
@@ -106,12 +113,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x, normed = self.norm2(x, self.attn1(self.norm1(x), context))
-        x, normed = self.norm3(x, self.attn2(normed, context))
+        branch = self.attn2(normed, context)
+        x, normed = self.norm3(as_many(x, branch), branch)
         return x + self.ff(normed)
 
 
 class _Transformer(nn.Module):
-    """Norm, project in, transform tokens, project out, residual: (B, C, T, H, W) -> (B, C, T, H, W)."""
+    """Norm, project in, transform tokens, project out, residual: (B, C, T, H, W) -> the same, once a text."""
 
     def __init__(self, channels: int, norm: nn.Module, block: TransformerBlock, inner: int):
         super().__init__()
@@ -122,7 +130,7 @@ class _Transformer(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         tokens = self.block(self.proj_in(to_tokens(self.norm(x))), context)
-        return x + from_tokens(self.proj_out(tokens), x.shape[3:])
+        return as_many(x, tokens) + from_tokens(self.proj_out(tokens), x.shape[3:])
 
 
 class SpatialTransformer(_Transformer):

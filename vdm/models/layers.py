@@ -39,6 +39,12 @@ def from_tokens(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.unflatten(2, size).permute(0, 4, 1, 2, 3)
 
 
+def as_many(x: Tensor, like: Tensor) -> Tensor:
+    """Repeat a batch x (B, ...) whole, to the (k*B, ...) of `like`; x itself where they are as many."""
+    copies = like.shape[0] // x.shape[0]
+    return x if copies == 1 else torch.cat([x] * copies)
+
+
 def zero_init(layer: Layer) -> Layer:
     """Set every parameter of `layer` to zero, so that the residual branch it ends adds nothing at first."""
     for parameter in layer.parameters():
@@ -137,16 +143,49 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
+class UpsampleConv(FrameConv):
+    """Every pixel twice along height and width, or nearest-neighbour to another `size`; then a 3x3 convolution.
+
+    Where sizes double, three neighbours of a pixel's finer image are but two pixels: so each of the four phases of the
+    result is a 2x2 convolution of x itself, whose weights are sums of the 3x3's, and x is never enlarged. All four are
+    one convolution here, with 16 products a pixel instead of 36.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
+        frames, num_frames = fold_frames(x), x.shape[2]
+        height, width = frames.shape[2:]
+        if tuple(size) != (2 * height, 2 * width):
+            return super().forward(unfold_frames(F.interpolate(frames, size=tuple(size), mode="nearest"), num_frames))
+        bias = None if self.bias is None else self.bias.repeat(4)
+        phases = F.conv2d(frames, self._phase_weights(), bias, padding=1).permute(0, 2, 3, 1)
+        phases = phases.unflatten(3, (2, 2, -1))  # (B*T, H+1, W+1, 2, 2, C)
+        rows = [torch.stack([phases[:, a : a + height, b : b + width, a, b] for b in (0, 1)], dim=3) for a in (0, 1)]
+        y = torch.stack(rows, dim=2)  # (B*T, H, 2, W, 2, C)
+        return unfold_frames(y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), num_frames)
+
+    def _phase_weights(self) -> Tensor:
+        """(4*C, C, 2, 2): of the phases above left, above right, below left, below right, in this order."""
+        before, here, after = self.weight.unbind(2)
+        rows = [torch.stack(pair, dim=2) for pair in ((before, here + after), (before + here, after))]
+        found = []
+        for row in rows:
+            left, middle, right = row.unbind(3)
+            found += [torch.stack(pair, dim=3) for pair in ((left, middle + right), (left + middle, right))]
+        return torch.cat(found).contiguous(memory_format=torch.channels_last)
+
+
 class Upsample(nn.Module):
-    """Nearest-neighbour to `size` (of the skip that comes next, so any latent size works), then a 3x3 convolution."""
+    """Come up to `size` (of the skip that comes next, so any latent size works) by an `UpsampleConv`."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = FrameConv(channels, channels, 3, padding=1)
+        self.conv = UpsampleConv(channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        frames = F.interpolate(fold_frames(x), size=size, mode="nearest")
-        return self.conv(unfold_frames(frames, x.shape[2]))
+        return self.conv(x, size)
 
 
 class KeepSize(nn.Module):

@@ -20,6 +20,7 @@ from vdm.models.layers import (
     KeepSize,
     TimeEmbedding,
     Upsample,
+    as_many,
     channels_last_weights,
 )
 
@@ -173,16 +174,15 @@ class UNet3D(nn.Module):
         context = context.to(x.dtype)
         emb = self.time_embedding(timesteps)
         x = self.transformer_in(self.conv_in(x), emb, context)
-
-        copies = context.shape[0] // latents.shape[0]
-        x, emb = torch.cat([x] * copies), emb.repeat(copies, 1)  # text comes in below: one video per text from here on
-
+        # Videos become as many as texts where they first meet; what needs the step or the past follows them.
         skips = [x]
         for block in self.encoder:
             x = block(x, emb, context)
+            emb = as_many(emb, x)
             skips.append(x)
         for block in self.middle:
             x = block(x, emb, context)
+            emb = as_many(emb, x)
         for block in self.decoder:
-            x = block(x, skips.pop(), emb, context)
+            x = block(x, as_many(skips.pop(), x), emb, context)
         return self.conv_out(self.norm_out(x)).to(latents.dtype)
