@@ -28,7 +28,7 @@ from benchmarks.common import environment, write_json
 from vdm.cli import Parser, run
 from vdm.config import load
 from vdm.generate import pick_device
-from vdm.models import UNet3D, UNetConfig, attention
+from vdm.models import UNet3D, UNetConfig, attention, operations
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.settings import Recompute
 
@@ -72,12 +72,14 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def fused_attention() -> Iterator[None]:
     """Within the context all attention is a GPU's fused kernel, which keeps no matrix of scores."""
-    before = attention.attend
-    attention.attend = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    before = operations.attend
+    for module in (attention, operations):
+        module.attend = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     try:
         yield
     finally:
-        attention.attend = before
+        for module in (attention, operations):
+            module.attend = before
 
 
 def full_size(how: Recompute, *, frames: int, config: UNetConfig | None = None) -> dict[str, float]:

@@ -41,8 +41,10 @@ def run(command: Callable[[Sequence[str]], None]) -> int:
     """Run a command on the process's arguments; returns its exit code: 0, 2 bad input, 3 bad clips, 1 failure."""
     code = _code_of(command)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # One of torchrun's: threads of its process group may abort a process that leaves by the door, and with it the
-        # whole job, though all its work is done.
+        if code == 2 and os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # the main process has met the same and says it, unless torchrun stops it for this one's end
+        # Threads of a process group may abort a process that leaves by the door, and with it the whole job, though all
+        # its work is done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

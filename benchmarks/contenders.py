@@ -1,0 +1,68 @@
+"""Our UNet and diffusers', with the same weights, ready to be timed by train_step.py and sample.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.oracles import randomise, take, their_unet
+from vdm.interop.names import unet_links
+from vdm.models import UNet3D, UNetConfig
+from vdm.training.parallel import checkpoint_activations, compile_blocks
+from vdm.training.settings import Recompute
+
+# 58.0 M parameters, for CPUs.
+SMALL = UNetConfig(unet_dim=64, attention_head_dim=32, context_dim=256)
+
+
+@dataclass
+class Contender:
+    """A UNet, called as run(latents, timesteps, context), which computes in `autocast`; None: in its weights' type."""
+
+    name: str
+    module: nn.Module
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    autocast: torch.dtype | None = None
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.run(latents, timesteps, context)
+
+
+def ours(
+    config: UNetConfig, device: torch.device, *, autocast: torch.dtype | None, recompute: Recompute, compiled: bool
+) -> Contender:
+    unet = randomise(UNet3D(config)).to(device)
+    checkpoint_activations(unet, how=recompute)
+    if compiled:
+        compile_blocks(unet)
+    return Contender("vdm", unet, unet, autocast)
+
+
+def diffusers_as_it_is(config: UNetConfig, device: torch.device, *, autocast: torch.dtype | None) -> Contender:
+    """Eager; with autocast where ours has it. It has no gradient checkpointing."""
+    unet = their_unet(config).to(device)
+    return Contender("diffusers", unet, _called(unet), autocast)
+
+
+def diffusers_tuned(config: UNetConfig, device: torch.device) -> Contender:
+    """bf16 weights, channels_last, compiled."""
+    unet = their_unet(config).to(device, torch.bfloat16).to(memory_format=torch.channels_last)
+    return Contender("diffusers tuned", unet, _called(torch.compile(unet, dynamic=False)), torch.bfloat16)
+
+
+def _called(unet: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def run(latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        out: Tensor = unet(latents, timesteps, context, return_dict=False)[0]
+        return out
+
+    return run
+
+
+def same_weights(mine: Contender, theirs: Contender) -> None:
+    """Give ours the other's weights."""
+    take(mine.module, unet_links(mine.module.config, "diffusers"), theirs.module.state_dict())  # type: ignore[arg-type]

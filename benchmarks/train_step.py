@@ -1,0 +1,210 @@
+"""How fast the UNet trains, beside diffusers': `python benchmarks/train_step.py --config configs/a100.yaml`.
+
+A forward pass without gradients, one with its backward pass, and both with the optimizer's step, on random latents and
+contexts: all contenders in one process, in turn; medians. Without a config: a UNet of 58 M parameters, for CPUs, in
+float32. Precision, recomputation and compilation are the config's. `--rival diffusers` adds diffusers' UNet with the
+same weights as it is, and on a GPU tuned (bf16, channels_last, compiled).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import environment, write_json
+from benchmarks.contenders import SMALL, Contender, diffusers_as_it_is, diffusers_tuned, ours, same_weights
+from benchmarks.oracles import fitting, relative
+from benchmarks.timing import clocks, interleaved, launches_and_peak, random
+from vdm.cli import Parser, run
+from vdm.config import Config, load
+from vdm.errors import UserError
+from vdm.flops import count
+from vdm.generate import pick_device
+from vdm.models import UNet3D
+from vdm.training.settings import AUTOCAST
+from vdm.training.throughput import peak_tflops
+
+PASSES = ("forward", "forward and backward", "step")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run: `clips` of `frames` at latents of (height, width), with texts of `tokens`."""
+
+    clips: int
+    frames: int
+    height: int
+    width: int
+    tokens: int = 77
+
+    def inputs(self, unet: Contender, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        config = unet.module.config
+        channels, width = config.in_channels, getattr(config, "context_dim", None) or config.cross_attention_dim
+        latents = random((self.clips, channels, self.frames, self.height, self.width), device, 0)
+        context = random((self.clips, self.tokens, width), device, 1)
+        dtype = next(unet.module.parameters()).dtype
+        return latents.to(dtype), torch.full((self.clips,), 500, device=device), context.to(dtype)
+
+    def flops(self, config: Config) -> int:
+        """Of a forward pass of ours: of the products, convolutions and attention that it makes."""
+        with torch.device("meta"):
+            unet = UNet3D(config.model)
+            latents = torch.empty(self.clips, config.model.in_channels, self.frames, self.height, self.width)
+            context = torch.empty(self.clips, self.tokens, config.model.context_dim)
+            return count(lambda: unet(latents, torch.zeros(self.clips), context))
+
+
+@dataclass
+class Row:
+    """One contender in one pass. TFLOP/s count three forward passes of ours for a step, whoever makes it."""
+
+    name: str
+    which: str
+    ms: float
+    p20: float
+    p80: float
+    videos_per_minute: float
+    tflops: float
+    mfu: float | None
+    peak_gb: float | None
+    launches: int | None
+    ours_is_faster: float | None = None
+
+
+def passes_of(unet: Contender, task: Task, device: torch.device) -> dict[str, Callable[[int], object]]:
+    given = task.inputs(unet, device)
+    target = torch.randn_like(given[0])
+    optimizer = torch.optim.AdamW(unet.module.parameters(), lr=1e-5, fused=True)
+
+    def forward(i: int) -> object:
+        unet.module.eval()
+        with torch.no_grad():
+            return unet(*given)
+
+    def backward(i: int) -> None:
+        unet.module.train()
+        unet.module.zero_grad(set_to_none=True)
+        (unet(*given).float() - target.float()).square().mean().backward()
+
+    def step(i: int) -> None:
+        backward(i)
+        optimizer.step()
+
+    return dict(zip(PASSES, (forward, backward, step), strict=True))
+
+
+def measure(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> list[Row]:
+    """Rows of all, pass by pass; the first contender is ours."""
+    flops, rows = task.flops(config), []
+    peak = peak_tflops(torch.cuda.get_device_name(device), mixed_precision="bf16") if device.type == "cuda" else None
+    calls = {one.name: passes_of(one, task, device) for one in contenders}
+    for which in PASSES:
+        mine = {name: passes[which] for name, passes in calls.items()}
+        facts = {}
+        for name, call in mine.items():
+            call(0)
+            facts[name] = launches_and_peak(call, device)
+        seconds = interleaved(mine, device)
+        middle = {name: statistics.median(times) for name, times in seconds.items()}
+        for name, times in seconds.items():
+            low, *_, high = statistics.quantiles(times, n=5)
+            tflops = flops * (1 if which == "forward" else 3) / middle[name] / 1e12
+            launches, megabytes = facts[name]
+            rows.append(
+                Row(
+                    name, which, *(1e3 * x for x in (middle[name], low, high)), 60 * task.clips / middle[name], tflops,
+                    None if peak is None else tflops / peak, None if megabytes is None else megabytes / 1e3, launches,
+                    middle[name] / middle[contenders[0].name],
+                )
+            )  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    titles = ("pass", "implementation", "ms [p20, p80]", "videos/min", "TFLOP/s", "MFU", "peak GB", "launches")
+    yield f"| {' | '.join((*titles, 'ours is faster'))} |\n" + "|---" * (len(titles) + 1) + "|"
+    for row in rows:
+        cells = [row.which, row.name, f"{row.ms:.1f} [{row.p20:.1f}, {row.p80:.1f}]"]
+        formats = {"videos_per_minute": ".1f", "tflops": ".3g", "mfu": ".1%", "peak_gb": ".2f", "launches": "d"}
+        for key, form in {**formats, "ours_is_faster": ".2f"}.items():
+            value = getattr(row, key)
+            cells.append("" if value is None else format(value, form))
+        yield f"| {' | '.join(cells)} |"
+
+
+def profile(unet: Contender, task: Task, device: torch.device, folder: Path) -> None:
+    """Write a trace of one forward and backward pass, for a browser's chrome://tracing, and a table of its kernels."""
+    step = passes_of(unet, task, device)["forward and backward"]
+    step(0)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        step(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    (folder / "kernels.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=40), encoding="utf-8")
+
+
+def contenders_of(config: Config, device: torch.device, rival: str | None) -> list[Contender]:
+    """Ours first. With a rival, all have the same weights."""
+    training = config.training
+    autocast = None if training.mixed_precision == "no" else AUTOCAST[training.mixed_precision]
+    how = training.gradient_checkpointing if isinstance(training.gradient_checkpointing, str) else "none"
+    found = [ours(config.model, device, autocast=autocast, recompute=how, compiled=training.compile)]
+    if rival == "diffusers":
+        if find_spec("diffusers") is None:
+            raise UserError("--rival diffusers needs diffusers; run: pip install -e '.[parity]'")
+        found.append(diffusers_as_it_is(config.model, device, autocast=autocast))
+        same_weights(found[0], found[1])
+        if device.type == "cuda":
+            found.append(diffusers_tuned(config.model, device))
+    return found
+
+
+def command(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="train_step.py", description=str(__doc__).split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the config's")
+    parser.flag("--config", type=Path, metavar="FILE", help="a YAML file; without it a small UNet, in float32")
+    parser.flag("--rival", choices=("diffusers",), help="beside whom")
+    parser.flag("--batch_size", type=int, metavar="N", help="clips (default: the config's, or 1)")
+    parser.flag("--num_frames", type=int, default=16, metavar="N", help="of each clip (default 16)")
+    parser.flag("--size", type=int, default=256, metavar="N", help="height and width in pixels (default 256)")
+    parser.flag("--device", metavar="D", help="cuda or cpu; a GPU by default where there is one")
+    parser.flag("--profile", type=Path, metavar="DIR", help="write a trace and the top kernels of ours there")
+    parser.flag("--json", type=Path, metavar="FILE", help="save the table")
+    options = parser.parse_intermixed_args(arguments)
+    device = pick_device(options.device)
+    config = fitting(model=SMALL) if options.config is None else load(options.config, options.overrides)
+    clips = options.batch_size or (1 if options.config is None else config.training.batch_size)
+    if min(clips, options.num_frames, options.size) < 1 or options.size % config.vae.factor:
+        raise UserError(f"sizes must be positive, and --size divisible by {config.vae.factor}; got {options.size}")
+    latent = options.size // config.vae.factor
+    task = Task(clips, options.num_frames, latent, latent)
+    contenders = contenders_of(config, device, options.rival)
+    facts = {**environment(device), "gpu": clocks() if device.type == "cuda" else None, "task": asdict(task)}
+    facts["others"] = {name: version(name) for name in ("triton", "diffusers") if find_spec(name) is not None}
+    if len(contenders) > 1:
+        outputs = [unet(*task.inputs(unet, device)).detach() for unet in contenders[:2]]
+        facts["apart"] = relative(*outputs)
+    print(json.dumps(facts, indent=1))
+    rows = measure(contenders, task, config, device)
+    for line in table(rows):
+        print(line)
+    if options.profile:
+        profile(contenders[0], task, device, options.profile)
+    if options.json:
+        write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(command))
