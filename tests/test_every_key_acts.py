@@ -337,6 +337,8 @@ ELSEWHERE = {
     "training.max_bad_steps": "training/test_faults.py",
     "training.preview_prompts": "training/test_task.py",
     "sampling.sampling_fps": "test_generate.py",
+    "sampling.guidance_at_once": "test_pipeline.py",
+    "sampling.vae_tile": "test_pipeline.py",
     "training.gradient_checkpointing": "training/test_loop.py",
     "training.weights_dtype": "training/test_low_memory.py",
     "training.optimizer_states": "training/test_low_memory.py",

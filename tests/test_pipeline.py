@@ -66,6 +66,23 @@ def assert_same_model(left: TextToVideo, right: TextToVideo) -> None:
     assert_same_weights(left.text_encoder, right.text_encoder)
 
 
+# ---- in less memory
+
+
+def test_guidance_in_two_calls_and_decoding_in_squares_give_the_same_or_nearly() -> None:
+    whole, apart, tiled = (make(*keys) for keys in ((), ("sampling.guidance_at_once=false",), ("sampling.vae_tile=8",)))
+    options = {"height": 64, "width": 36, "num_inference_steps": 2, "guidance_scale": 3.0}
+    sizes: list[int] = []
+    apart.unet.register_forward_hook(lambda _, given, out: sizes.append(len(given[2])))
+    torch.testing.assert_close(latents_of(apart, **options), latents_of(whole, **options), rtol=1e-4, atol=1e-5)
+    assert sizes == [1] * 4
+    seen: list[torch.Size] = []
+    tiled.vae.decoder.register_forward_hook(lambda _, given, out: seen.append(given[0].shape[3:]))
+    frames = [torch.as_tensor(pipe(PROMPTS[0], generator=seeds(0), **options).frames) for pipe in (tiled, whole)]
+    assert len(seen) > 1 and set(seen) == {(8, 8)}
+    assert 0.0 < (frames[0] - frames[1]).abs().mean() < 0.05
+
+
 # ---- to disk and back
 
 

@@ -208,7 +208,7 @@ class TextToVideo:
     def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Any]]:
         if output_type == "latent":
             return z
-        video = torch.cat([self.vae.decode(one) for one in z.split(1)])  # one clip at a time: memory does not add up
+        video = self.vae.decode(z, tile=self.config.sampling.vae_tile)
         video = ((video + 1.0) / 2.0).clamp(0.0, 1.0).transpose(1, 2)  # (B,T,3,H,W)
         if output_type == "pt":
             return video
@@ -239,7 +239,7 @@ class TextToVideo:
         callback: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
-        denoise = guided(self.unet, cond, uncond, scale=scale, rescale=rescale)
+        denoise = guided(self.unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "callback": callback}
         if options.sampler == "dpmpp":

@@ -43,6 +43,14 @@ def test_ends_of_the_scale_take_one_context(scale: float, expected: Tensor, resc
     assert torch.equal(output, Network()(X, TIMES, expected))
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_two_calls_give_what_one_gives(rescale: float) -> None:
+    network = Network()
+    apart = guided(network, COND, UNCOND, scale=5.0, rescale=rescale, at_once=False)(X, TIMES)
+    assert [len(context) for context in network.contexts] == [2, 2]
+    torch.testing.assert_close(apart, guided(Network(), COND, UNCOND, scale=5.0, rescale=rescale)(X, TIMES))
+
+
 def test_scale_one_needs_no_unconditional_context() -> None:
     assert torch.equal(guided(Network(), COND, None, scale=1.0)(X, TIMES), Network()(X, TIMES, COND))
     for scale in (0.0, 9.0):

@@ -17,13 +17,14 @@ def guided(
     *,
     scale: float,
     rescale: float = 0.0,
+    at_once: bool = True,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Bind the text, and return denoise(x (B, ...), t (B,)) -> prediction (B, ...) float32.
 
     The prediction is uncond + scale * (cond - uncond), from one call of unet with the contexts (B, L, D) stacked as
-    [uncond; cond] (2B, L, D), for which it returns (2B, ...) in that order. Scale 1 is the conditional and scale 0 the
-    unconditional prediction: these take one context, and `rescale` does not apply. A negative prompt is a
-    context_uncond. Raises UserError if a scale other than 1 has no context_uncond.
+    [uncond; cond] (2B, L, D), for which it returns (2B, ...) in that order; or, not `at_once`, from two calls, in less
+    memory. Scale 1 is the conditional and scale 0 the unconditional prediction: these take one context, and `rescale`
+    does not apply. A negative prompt is a context_uncond. Raises UserError if a scale other than 1 has none.
     """
     if scale == 1.0:
         return lambda x, t: unet(x, t, context_cond).float()
@@ -34,7 +35,10 @@ def guided(
     contexts = torch.cat([context_uncond, context_cond])  # (2B,L,D)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = unet(x, t, contexts).float().chunk(2)
+        if at_once:
+            uncond, cond = unet(x, t, contexts).float().chunk(2)
+        else:
+            uncond, cond = (unet(x, t, context).float() for context in contexts.chunk(2))
         output = uncond + scale * (cond - uncond)
         return rescale_guidance(output, cond, rescale=rescale) if rescale else output
 

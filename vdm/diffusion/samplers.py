@@ -20,7 +20,11 @@ Callback = Callable[[int, int, Tensor], None]  # (index of the step, its t, x af
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How previews and `sample.py` make clips unless told otherwise; sizes in pixels, eta for the ddim sampler only."""
+    """How previews and `sample.py` make clips unless told otherwise; sizes in pixels, eta for the ddim sampler only.
+
+    guidance_at_once: the guided and the unguided prediction are one batch; apart they take half the memory.
+    vae_tile: decode in blended squares of so many latents, for frames too large for memory; null decodes whole frames.
+    """
 
     num_frames: int = 16
     height: int = 256
@@ -32,11 +36,15 @@ class SamplingConfig:
     guidance_scale: float = 9.0
     guidance_rescale: float = 0.0
     negative_prompt: str = ""
+    guidance_at_once: bool = True
+    vae_tile: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.vae_tile is not None and self.vae_tile < 8:
+            raise UserError(f"vae_tile is {self.vae_tile}; it must be 8 latents or more, or null")
         if not 0.0 < self.sampling_fps < math.inf:
             raise UserError(f"sampling_fps is {self.sampling_fps}; it must be positive, such as 8")
         if self.sampler not in ("ddim", "ddpm", "dpmpp"):

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
-from vdm.models.layers import TemporalConv, VideoGroupNorm, channels_last_weights, fold_frames, unfold_frames, zero_init
+from vdm.models.layers import (
+    TemporalConv,
+    VideoGroupNorm,
+    channels_last_weights,
+    doubled_conv,
+    fold_frames,
+    unfold_frames,
+    zero_init,
+)
 from vdm.models.operations import attend
+from vdm.models.tiles import LEAST_TILE, decode_tiles
+
+PIXELS = 2**20  # of frames that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class DoubleFrames(nn.Module):
         self.conv = _conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled_conv(x, self.conv.weight, self.conv.bias)
 
 
 class TimeMix(nn.Module):
@@ -248,12 +260,26 @@ class VideoVAE(nn.Module):
         moments = self.encoder(frames.to(self.dtype)).to(video.dtype)
         return LatentDistribution(unfold_frames(moments, video.shape[2]), config.scaling_factor)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents -> video, not clamped; each frame alone unless the decoder has temporal layers."""
+    def decode(self, z: Tensor, *, tile: int | None = None) -> Tensor:
+        """Scaled latents -> video, not clamped; each frame alone unless the decoder has temporal layers.
+
+        Where no gradient is wanted, only so many frames are decoded at a time that memory does not grow with the clip,
+        temporal layers aside. `tile`: decode overlapping squares of so many latents and blend them, so that it does not
+        grow with the frame either; what lies beyond a square then does not count for it.
+        """
         if z.dim() != 5 or z.shape[1] != self.config.latent_channels or 0 in z.shape:
             raise UserError(f"latents must be (B, {self.config.latent_channels}, T, h, w), got {tuple(z.shape)}")
-        z = (z / self.config.scaling_factor).contiguous(memory_format=torch.channels_last_3d)
-        return self.decoder(z.to(self.dtype)).to(z.dtype)
+        if tile is not None and tile < LEAST_TILE:
+            raise UserError(f"tile must be at least {LEAST_TILE} latents, got {tile}")
+        scaled = (z / self.config.scaling_factor).contiguous(memory_format=torch.channels_last_3d).to(self.dtype)
+        decode = self.decoder if tile is None else partial(decode_tiles, self.decoder, tile, self.config.factor)
+        side = min(z.shape[3], tile or z.shape[3]) * min(z.shape[4], tile or z.shape[4])
+        frames = max(1, PIXELS // (side * self.config.factor**2))
+        if torch.is_grad_enabled() or self.config.temporal_decoder or z.shape[0] * z.shape[2] <= frames:
+            return decode(scaled).to(z.dtype)
+        pieces = fold_frames(scaled).split(frames)  # each (N, C, h, w), as clips of one frame
+        decoded = torch.cat([decode(piece[:, :, None])[:, :, 0] for piece in pieces])
+        return unfold_frames(decoded, z.shape[2]).to(z.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
