@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import closing
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def config_of(*overrides: str) -> Config:
 def allocated(config: Config, run_dir: Path) -> dict[str, int]:
     """Peaks of the allocator, in bytes, while the real trainer takes its second step, validates and previews."""
     run_dir.mkdir(exist_ok=True)
+    gc.collect()  # or what an earlier run left behind is freed in this one's account
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, build_task(config, torch.device("cpu")), run_dir)
         for module in trainer.trained.values():
