@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import close, copies, differ, randn, randomise
 from torch import Tensor, nn
 
-from vdm.models import attention, operations
+from vdm.models import attention
 from vdm.models.attention import (
     GEGLU,
     CrossAttention,
@@ -24,7 +24,6 @@ from vdm.models.attention import (
 from vdm.models.operations import _clip_by_clip, attend, attend_frames
 
 EMPTY = torch.empty(0)  # what a block gets that does not look at the time step or the text
-SDPA = "aten::scaled_dot_product_attention"
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,36 +44,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     st.integers(1, 8),
 )
 def test_attend_is_softmax_attention(B: int, N: int, L: int, S: int, D: int) -> None:
-    """S lies on both sides of SHORT, where another kernel takes over."""
     q, k, v = randn(B, N, L, D, seed=1), randn(B, N, S, D, seed=2), randn(B, N, S, D, seed=3)
     close(attend(q, k, v), softmax_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("short", [0, 128])
-def test_attend_in_lower_precision(
-    dtype: torch.dtype, tolerance: float, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operations, "SHORT", short)
+def test_attend_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     q, k, v = (randn(2, 3, 20, 8, seed=i).to(dtype) for i in range(3))
     out = attend(q, k, v)
     assert out.dtype == dtype
     close(out.double(), softmax_attention(q, k, v), tolerance=tolerance)
-
-
-def test_both_kernels_agree_and_are_chosen_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (randn(2, 3, 20, 8, seed=i).float() for i in range(3))
-
-    def fused() -> bool:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            outputs.append(attend(q, k, v))
-        return not any("attention_math" in event.name for event in profiler.events())
-
-    outputs: list[Tensor] = []
-    assert not fused()
-    monkeypatch.setattr(operations, "SHORT", 19)
-    assert fused()
-    torch.testing.assert_close(*outputs)
 
 
 def test_attend_takes_any_strides() -> None:
@@ -99,9 +78,7 @@ def test_attend_splits_a_batch_that_cuda_kernels_cannot_take(batch: int, monkeyp
     assert max(sizes) <= 65_535 and sum(sizes) == batch
 
 
-@pytest.mark.parametrize("short", [0, 128])
-def test_attend_gradient(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "SHORT", short)
+def test_attend_gradient() -> None:
     q, k, v = (randn(2, 1, length, 2, seed=length).requires_grad_() for length in (2, 3, 3))
     assert torch.autograd.gradcheck(attend, (q, k, v))
 
@@ -248,9 +225,8 @@ def test_clip_by_clip_it_is_the_same_attention(sizes: tuple[int, int, int], head
     close(one_by_one, together)
 
 
-def test_clip_by_clip_a_fused_kernel_takes_views_and_the_result_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_by_clip_a_fused_kernel_takes_views_and_the_result_is_copied_once() -> None:
     qkv = torch.randn(2, 3, 9, 3, 4, 16)
-    monkeypatch.setattr(operations, "SHORT", 0)  # the fused kernel throughout, as on a GPU
     callers = copies(lambda: _clip_by_clip(qkv), numel=qkv[0, :, :, 0].numel())
     assert callers == []  # the results become one tensor by one concatenation, which `copies` does not count
     assert len(copies(lambda: _clip_by_clip(qkv).flatten(3), numel=1)) == 0
@@ -275,18 +251,8 @@ def test_temporal_transformer_copies_nothing_else() -> None:
     assert len(copies(lambda: module(x, EMPTY, EMPTY), numel=x.numel())) <= 4  # it has two attentions
 
 
-def test_spatial_transformer_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spatial_transformer_copies_nothing() -> None:
     module = SpatialTransformer(16, heads=4, head_dim=4, context_dim=6, groups=4).eval()
     x, context = channels_last(2, 16, 3, 9, 16), torch.randn(2, 5, 6)
     assert module(x, EMPTY, context).is_contiguous(memory_format=torch.channels_last_3d)
-    monkeypatch.setattr(operations, "SHORT", 0)  # the fused kernel throughout, as on a GPU
     assert copies(lambda: module(x, EMPTY, context), numel=x.numel()) == []
-
-
-@pytest.mark.parametrize("size, attentions", [((9, 16), 1), ((4, 5), 2)])
-def test_plain_products_on_the_cpu_copy_within_themselves_and_once_out(size: tuple[int, int], attentions: int) -> None:
-    """Short sequences (the text; a small frame) go through plain products there, whose result has the heads outside."""
-    module = SpatialTransformer(16, heads=4, head_dim=4, context_dim=6, groups=4).eval()
-    x, context = channels_last(2, 16, 3, *size), torch.randn(2, 5, 6)
-    callers = copies(lambda: module(x, EMPTY, context), numel=x.numel())
-    assert len([stack for stack in callers if SDPA not in stack]) <= attentions

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from tiny import close, copies, differ, randn, randomise
 from torch import Tensor, nn
 
-from vdm.models import operations
 from vdm.models.attention import SpatialTransformer, TemporalTransformer
 from vdm.models.blocks import DecoderLayer, Pass, ResBlock, TemporalConvBlock, UNetLayer
 from vdm.models.layers import Downsample, KeepSize, Upsample, channels_last_weights
@@ -139,9 +138,8 @@ SPATIAL_BLOCKS: list[nn.Module] = [
 
 
 @pytest.mark.parametrize("block", SPATIAL_BLOCKS)
-def test_blocks_copy_no_activation(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_copy_no_activation(block: nn.Module) -> None:
     """All but temporal attention. The fused attention kernel throughout, as on a GPU: see test_attention.py."""
-    monkeypatch.setattr(operations, "SHORT", 0)
     channels_last_weights(block.eval())
     arguments = memory_inputs()
     assert block(*arguments).is_contiguous(memory_format=torch.channels_last_3d)
@@ -156,8 +154,7 @@ def test_in_default_memory_the_same_blocks_do_copy(block: nn.Module) -> None:
     assert copies(lambda: block(x.contiguous(), emb, context), numel=x.numel())
 
 
-def test_a_whole_layer_copies_for_temporal_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "SHORT", 0)
+def test_a_whole_layer_copies_for_temporal_attention_only() -> None:
     temporal_conv = TemporalConvBlock(16, layers=2, groups=4, dropout=0.1)
     temporal = TemporalTransformer(16, heads=4, head_dim=4, groups=4)
     block = UNetLayer(ResBlock(16, 16, EMB_DIM, 4, 0.0), temporal_conv, big_spatial(), temporal).eval()

@@ -16,7 +16,7 @@ from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, as_many, from_toke
 from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
-CACHED = 2**20
+CACHED = 2**21
 
 
 class SpatialSelfAttention(nn.Module):

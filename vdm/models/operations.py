@@ -13,12 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
 MAX_BATCH = 65_535
-# On a CPU the fused kernel's tiles are longer than these sequences: plain products win, and by far in the backward.
-SHORT = 128
 # So few clips are faster attended to one by one, on views, than copied first to be attended to at once.
 FEW = 4
 
@@ -28,17 +25,14 @@ def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     if q_BNLD.shape[0] > MAX_BATCH:
         pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
         return torch.cat([attend(q, k, v) for q, k, v in pieces])
-    if q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
     return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
 
 
 def attend_frames(qkv: Tensor) -> Tensor:
     """Attention among the frames of each position: packed (B, T, P, 3, N, D) -> (B, T, P, N, D).
 
-    No view of all clips has B and P on one axis. Of one clip there is one, which a GPU's kernels take as it is: the
-    only copy is that of the result. Products on a CPU copy their operands anyway, so there one copy is made of all.
+    No view of all clips has B and P on one axis. Of one clip there is one, which SDPA's kernels take as it is: the only
+    copy is that of the result. On a CPU, whose caches such strides do not suit, a packed copy is faster all the same.
     """
     if qkv.is_cuda and qkv.shape[0] <= FEW:
         return _clip_by_clip(qkv)
