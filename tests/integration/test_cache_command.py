@@ -222,6 +222,7 @@ def test_what_does_not_touch_it_may_change(root: Path, made: Path, tmp_path: Pat
     train(load(TINY, [*overrides(root), change, f"data.cache_dir={made}", "max_train_steps=1", f"run_dir={tmp_path}"]))
 
 
+@pytest.mark.slow
 def test_bad_clips_are_named_and_replaced_as_they_are_from_files(root: Path, command: Command, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)

@@ -47,9 +47,8 @@ def started(run_dir: Path, *overrides: str, steps: int = 3) -> subprocess.Popen[
     return process
 
 
-@pytest.mark.parametrize(
-    ("number", "to_all"), [(signal.SIGTERM, True), pytest.param(signal.SIGINT, False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_bit(
     number: signal.Signals, to_all: bool, tmp_path: Path
 ) -> None:

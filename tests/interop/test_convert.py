@@ -408,7 +408,9 @@ def test_a_damaged_source_leaves_nothing_behind(exported: dict[str, Path], to: s
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.parametrize("to", ["vdm", "diffusers", "modelscope"])
+@pytest.mark.parametrize(
+    "to", ["vdm", *(pytest.param(to, marks=pytest.mark.slow) for to in ("diffusers", "modelscope"))]
+)
 def test_a_full_disk_leaves_nothing_behind(model: Path, to: str, tmp_path: Path) -> None:
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"

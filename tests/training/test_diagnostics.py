@@ -274,7 +274,8 @@ def test_how_much_clips_move_is_told_with_every_preview(tmp_path: Path) -> None:
     task = trainer.task
     assert isinstance(task, UNetTask)
     batch = next(trainer.held_out_batches(3))
-    task.parts.vae.decode = lambda z: torch.linspace(-1, 1, 4)[None, None, :, None, None].expand(len(z), 3, 4, 16, 16)  # type: ignore[method-assign]
+    brighter = torch.linspace(-1, 1, 4)[None, None, :, None, None]
+    task.parts.vae.decode = lambda z, **_: brighter.expand(len(z), 3, 4, 16, 16)  # type: ignore[method-assign]
     values = task.preview(tmp_path / "preview", batch)
     assert values == pytest.approx({"preview_motion": 1 / 3, "data_motion": 1 / 3, "motion_ratio": 1.0})
 
