@@ -61,3 +61,17 @@ def test_the_table_of_plans_is_the_saved_one() -> None:
         learn = f"{sum(trained.values()) / 1e6:,.1f} M"
         step, saved_gb = gpus["A100"]["seconds_per_step"], disk["checkpoint"] / 1e9
         assert f"| `{name}.yaml` | {learn} | {' | '.join(peaks)} | {step:.2f} s | {saved_gb:.1f} GB |" in README
+
+
+def test_the_page_of_performance_says_what_the_saved_outputs_say() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.endswith("-cpu.json` |")]
+    assert len(lines) == 7
+    for line in lines:
+        what, ratio, file = line.strip("| ").split(" | ")
+        rows = saved(file.strip("`"))["rows"]
+        assert isinstance(rows, list)
+        which = what.split(": ")[-1].split(", ")[-1]
+        names = {which, "both"} if which == "forward and backward" else {which}
+        theirs = [r for r in rows if r["name"] == "diffusers" and (r.get("which") or r.get("part")) in names]
+        assert f"{theirs[0]['ours_is_faster']:.2f}" == ratio, line
