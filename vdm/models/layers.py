@@ -53,10 +53,11 @@ def zero_init(layer: Layer) -> Layer:
 
 
 def channels_last_weights(module: nn.Module) -> None:
-    """Lay the weights of every 2-D convolution out as their inputs are, so that no kernel has to reorder them."""
+    """Lay the weights of every convolution out as their inputs are, so that no kernel has to reorder them."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            channels_last = torch.channels_last if layer.weight.dim() == 4 else torch.channels_last_3d
+            layer.weight.data = layer.weight.data.contiguous(memory_format=channels_last)
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
