@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,34 +92,46 @@ def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list
     if not 0 < fps <= 1000:
         raise UserError(f"--fps must be above 0 and at most 1000, got {fps}")
     files: list[Path] = []
-    clips, records = [], []
-    for first in tqdm(range(0, len(jobs), request.batch_size), desc="sampling", unit="batch"):
-        prompts = jobs[first : first + request.batch_size]
-        seeds = [request.seed + first + i for i in range(len(prompts))]
-        video = pipe(
-            prompts,
-            negative_prompt=request.negative_prompt,
-            num_inference_steps=request.steps,
-            num_frames=request.num_frames,
-            height=request.height,
-            width=request.width,
-            guidance_scale=request.guidance_scale,
-            eta=request.eta,
-            sampler=request.sampler,  # type: ignore[arg-type]
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-        ).frames
-        for prompt, seed, clip in zip(prompts, seeds, torch.as_tensor(video), strict=True):
-            frames = to_uint8(clip.transpose(0, 1).float().cpu() * 2.0 - 1.0)
-            name = f"{len(files):05d}-{slug(prompt)}.mp4"
-            write_video(request.output_dir / name, frames, fps=fps)
-            files.append(request.output_dir / name)
-            clips.append(frames)
-            records.append({"file": name, "prompt": prompt, "seed": seed, **_record(pipe, request, frames.shape, fps)})
+    clips, records, written = [], [], []
+    with ThreadPoolExecutor(max_workers=1) as writer:  # encodes while the next batch is sampled
+        for first in tqdm(range(0, len(jobs), request.batch_size), desc="sampling", unit="batch"):
+            prompts = jobs[first : first + request.batch_size]
+            seeds = [request.seed + first + i for i in range(len(prompts))]
+            for prompt, seed, clip in zip(prompts, seeds, _sampled(pipe, request, prompts, seeds), strict=True):
+                frames = to_uint8(clip.transpose(0, 1).float().cpu() * 2.0 - 1.0)
+                name = f"{len(files):05d}-{slug(prompt)}.mp4"
+                written.append(writer.submit(write_video, request.output_dir / name, frames, fps=fps))
+                files.append(request.output_dir / name)
+                clips.append(frames)
+                made = {"file": name, "prompt": prompt, "seed": seed}
+                records.append({**made, **_record(pipe, request, frames.shape, fps)})
+            for one in written:
+                if one.done():
+                    one.result()  # raises what writing raised
+    for one in written:
+        one.result()
     lines = "".join(json.dumps(record) + "\n" for record in records)
     _replace(request.output_dir / "samples.jsonl", lines)
     contact_sheet(request.output_dir / "contact_sheet.png", clips, captions=list(jobs))
     return files
+
+
+def _sampled(pipe: TextToVideo, request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+    """(B,T,3,H,W) in [0,1]."""
+    video = pipe(
+        prompts,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.steps,
+        num_frames=request.num_frames,
+        height=request.height,
+        width=request.width,
+        guidance_scale=request.guidance_scale,
+        eta=request.eta,
+        sampler=request.sampler,  # type: ignore[arg-type]
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).frames
+    return torch.as_tensor(video)
 
 
 def _record(pipe: TextToVideo, request: Request, shape: tuple[int, ...], fps: float) -> dict[str, object]:
