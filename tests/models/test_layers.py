@@ -13,11 +13,13 @@ from tiny import close, copies, differ, randn, randomise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vdm.models import layers
 from vdm.models.layers import (
     Downsample,
     FrameConv,
     FrameGroupNorm,
     KeepSize,
+    Linear,
     TemporalConv,
     TimeEmbedding,
     Upsample,
@@ -218,6 +220,38 @@ def test_upsample_never_enlarges_what_it_multiplies() -> None:
 def test_keep_size_keeps() -> None:
     x = video(1, 2, 3, 4, 5)
     assert KeepSize()(x, (8, 8)) is x
+
+
+# Linear
+
+
+@given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans())
+def test_linear_is_pytorchs_whether_or_not_gradients_are_wanted(
+    leading: list[int], inside: int, outside: int, bias: bool, transposed: bool
+) -> None:
+    layer, x = Linear(inside, outside, bias=bias), randn(*leading, inside).float()
+    if transposed:
+        x = randn(inside, *leading).float().movedim(0, -1)
+    expected = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    with torch.no_grad():
+        alone = layer(x)
+    for found in (alone, layer(x)):
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        close(found.double(), expected, tolerance=1e-6)
+    assert layer(x).requires_grad and not alone.requires_grad
+
+
+@pytest.mark.skipif(not layers.ONEDNN, reason="PyTorch came without oneDNN")
+def test_linear_is_onednns_where_no_gradient_is_wanted() -> None:
+    layer, x = Linear(3, 4), torch.randn(2, 3)
+    for gradients, dtype, expected in (
+        (False, torch.float32, True),
+        (True, torch.float32, False),
+        (False, torch.float64, False),
+    ):
+        with torch.set_grad_enabled(gradients), torch.profiler.profile() as profiler:
+            layer.to(dtype)(x.to(dtype))
+        assert any("_linear_pointwise" in event.name for event in profiler.events()) == expected
 
 
 # Time embedding

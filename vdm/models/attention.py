@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vdm.models.layers import FrameGroupNorm, VideoGroupNorm, as_many, from_tokens, to_tokens, zero_init
+from vdm.models.layers import FrameGroupNorm, Linear, VideoGroupNorm, as_many, from_tokens, to_tokens, zero_init
 from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
@@ -25,8 +25,8 @@ class SpatialSelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, dim)
+        self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_out = Linear(heads * head_dim, dim)
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
         qkv = self.to_qkv(x_BTPC).flatten(0, 1).unflatten(2, (3, self.heads, -1))  # (B*T, P, 3, N, D)
@@ -56,9 +56,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, dim)
+        self.to_q = Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = Linear(context_dim, 2 * heads * head_dim, bias=False)
+        self.to_out = Linear(heads * head_dim, dim)
 
     def forward(self, x_BTPC: Tensor, context_BLC: Tensor) -> Tensor:
         q = self.to_q(x_BTPC).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, T*P, D)
@@ -73,8 +73,8 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, gate: Callable[[Tensor], Tensor] = geglu):
         super().__init__()
-        self.linear1 = nn.Linear(dim, 8 * dim)
-        self.linear2 = nn.Linear(4 * dim, dim)
+        self.linear1 = Linear(dim, 8 * dim)
+        self.linear2 = Linear(4 * dim, dim)
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ class _Transformer(nn.Module):
     def __init__(self, channels: int, norm: nn.Module, block: TransformerBlock, inner: int):
         super().__init__()
         self.norm = norm
-        self.proj_in = nn.Linear(channels, inner)
+        self.proj_in = Linear(channels, inner)
         self.block = block
-        self.proj_out = nn.Linear(inner, channels)
+        self.proj_out = Linear(inner, channels)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         tokens = self.block(self.proj_in(to_tokens(self.norm(x))), context)

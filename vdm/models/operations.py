@@ -48,13 +48,14 @@ def _clip_by_clip(qkv: Tensor) -> Tensor:
 def geglu(x: Tensor) -> Tensor:
     """a * gelu(g) of x = [a, g]: (..., 2W) -> (..., W) (arXiv 2002.05202)."""
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    gated = F.gelu(gate)
+    return value * gated if torch.is_grad_enabled() else gated.mul_(value)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """GroupNorm (arXiv 1803.08494) of (N, C, H, W), then SiLU if asked for."""
     normed = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(normed) if silu else normed
+    return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
 
 
 def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

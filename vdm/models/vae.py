@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vdm.errors import UserError
 from vdm.models.layers import (
+    Linear,
     TemporalConv,
     VideoGroupNorm,
     channels_last_weights,
@@ -97,8 +98,8 @@ class AttentionBlock2D(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = zero_init(nn.Linear(channels, channels))
+        self.to_qkv = Linear(channels, 3 * channels)
+        self.to_out = zero_init(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, H*W, C)
