@@ -2,9 +2,8 @@
 
 Prompts are mini-something's own captions with colours and shapes drawn anew, equally many for each action. A clip is
 judged by the largest patch of the prompted colour in every frame: medians over the first third of the frames against
-the last third, by RULES, which were fixed on rendered clips before any model was judged. The hand is not looked at:
-pushing and pulling count alike, as do moving down and putting. `--real` judges rendered clips, the ceiling; "chance" is
-what the same clips would score with other labels. `--gauge`: by how much a reversed caption explains noisy clips worse.
+the last third, by RULES, fixed on rendered clips before any model was judged; the hand is not looked at. `--real`
+judges rendered clips: the ceiling. "chance" is the score with others' labels. `--gauge`: how much a caption matters.
 """
 
 from __future__ import annotations
@@ -257,7 +256,7 @@ def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> list[Verd
         video = pipe(
             [prompt.text for prompt in some],
             num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
+            **{name: getattr(options, name) for name in ("guidance_scale", "sampler")},
             num_frames=pipe.config.data.max_frames,
             generator=[torch.Generator().manual_seed(options.seed + first + i) for i in range(len(some))],
         ).frames
@@ -314,6 +313,7 @@ def _parser() -> Parser:
     parser.flag("--clips_per_action", type=int, default=10, metavar="N", help="of each of the 16 actions (default 10)")
     parser.flag("--steps", "--num_inference_steps", type=int, default=50, metavar="N", help="of denoising (default 50)")
     parser.flag("--guidance_scale", type=float, metavar="F", help="that of the checkpoint by default")
+    parser.flag("--sampler", choices=("ddim", "ddpm", "dpmpp"), help="that of the checkpoint by default")
     parser.flag("--seed", type=int, default=0, metavar="N", help="of the prompts and the noise (default 0)")
     parser.flag("--json", type=Path, metavar="FILE", help="write all numbers, and what they were measured with")
     parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
