@@ -27,18 +27,23 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Rival:
-    """`lay_out` puts packed qkv (B, F, P, 3, H, D) as it likes best, at no cost; `run` takes that. Its output seen
-    from packed order, for the comparison with float64, is `see` of what `run` gives."""
+    """`lay_out` puts packed qkv (B, F, P, 3, H, D) as it likes best, in one tensor or in three, at no cost; `run` takes
+    these. What `run` gives is, from packed order, `see` of it, for the comparison with float64."""
 
     name: str
-    lay_out: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor], Tensor]
+    lay_out: Callable[[Tensor], tuple[Tensor, ...]]
+    run: Callable[..., Tensor]
     see: Callable[[Tensor, Tensor], Tensor] = lambda out, qkv: out
 
 
-def _sequences(qkv: Tensor) -> Tensor:
-    """(B, F, P, 3, H, D) -> (3, B*P, H, F, D), contiguous: what SDPA likes."""
-    return qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
+def _sequences(qkv: Tensor) -> tuple[Tensor, ...]:
+    """(B, F, P, 3, H, D) -> 3 x (B*P, H, F, D), contiguous: what SDPA likes."""
+    return tuple(one.contiguous() for one in qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2))
+
+
+def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
+    """(B, F, P, 3, H, D) -> 3 x (B, F, P, H, D), contiguous."""
+    return tuple(one.contiguous() for one in qkv.unbind(3))
 
 
 def _packed(out: Tensor, qkv: Tensor) -> Tensor:
@@ -46,35 +51,32 @@ def _packed(out: Tensor, qkv: Tensor) -> Tensor:
     return out.unflatten(0, (qkv.shape[0], qkv.shape[2])).permute(0, 3, 1, 2, 4)
 
 
-def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*qkv)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
-def _einsum(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.unbind(3)
+def _einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bfphd,bgphd->bphfg", q * q.shape[-1] ** -0.5, k)
     return torch.einsum("bphfg,bgphd->bfphd", scores.softmax(-1), v)
 
 
-def _flex(compiled: Callable[..., Tensor], qkv: Tensor) -> Tensor:
-    return compiled(*qkv)
-
-
 def cores(device: torch.device, *, compiled: bool) -> list[Rival]:
     """Ours first. `compiled` adds those that torch.compile makes, which takes seconds a shape."""
-    same = lambda qkv: qkv  # noqa: E731
-    rivals = [Rival("vdm sdpa", same, attend_frames), Rival("einsum", same, _einsum)]
+    packed = lambda qkv: (qkv,)  # noqa: E731
+    rivals = [Rival("vdm sdpa", packed, attend_frames), Rival("einsum", _apart, _einsum)]
     if device.type == "cuda":
         from kernels.temporal_attention import temporal_attention
 
-        rivals.insert(0, Rival("vdm triton", same, temporal_attention))
+        rivals.insert(0, Rival("vdm triton", packed, temporal_attention))
     rivals += [Rival(name, _sequences, partial(_sdpa, backend), _packed) for name, backend in BACKENDS.items()]
     if compiled:
         from torch.nn.attention.flex_attention import flex_attention
 
-        rivals.append(Rival("einsum compiled", same, torch.compile(_einsum)))
-        rivals.append(Rival("flex compiled", _sequences, partial(_flex, torch.compile(flex_attention)), _packed))
+        torch._dynamo.reset()  # or shapes seen before make it compile for all shapes
+        rivals.append(Rival("einsum compiled", _apart, torch.compile(_einsum, dynamic=False)))
+        flex = torch.compile(flex_attention, dynamic=False)
+        rivals.append(Rival("flex compiled", _sequences, lambda q, k, v: flex(q, k, v), _packed))
     return rivals
 
 
@@ -117,7 +119,7 @@ def layers(device: torch.device, *, channels: int, heads: int, frames: int, comp
     if importlib.util.find_spec("diffusers") is not None:
         found["diffusers"] = DiffusersLayer(channels, heads, frames)
         if compiled:
-            found["diffusers compiled"] = torch.compile(DiffusersLayer(channels, heads, frames))  # type: ignore[assignment]
+            found["diffusers compiled"] = torch.compile(DiffusersLayer(channels, heads, frames), dynamic=False)  # type: ignore[assignment]
     for module in found.values():
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02)

@@ -8,7 +8,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -33,6 +35,15 @@ def environment(device: torch.device) -> dict[str, object]:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of the packages that are there; a package may go by another name than it is imported by."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def wilson(right: int, clips: int) -> tuple[float, float]:

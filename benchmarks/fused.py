@@ -56,9 +56,9 @@ class Case:
 
 
 def cases(clips: int) -> Iterator[Case]:
-    """Of one level after the other. x is read twice for a GroupNorm, since no chip holds a whole group."""
+    """Of one level after the other. What must be moved is what a chip that held a whole group would move."""
     gate = (lambda on: on.geglu, reference.geglu, (1.5, 2.5))
-    norm = (_group_norm, _exact_norm, (3.0, 5.0))
+    norm = (_group_norm, _exact_norm, (2.0, 3.0))
     layer = (_layer_norm, _exact_layer, (4.0, 4.0))
     for place, (positions, channels) in LEVELS.items():
         tokens, side = clips * FRAMES * positions, int(positions**0.5)
@@ -103,18 +103,22 @@ def rows_of(case: Case, kinds: dict[str, Operations], device: torch.device, dtyp
     """Every implementation; also PyTorch's as torch.compile fuses it, on a GPU."""
     forwards = {name: case.apply(operations) for name, operations in kinds.items()}
     if device.type == "cuda":
+        torch._dynamo.reset()  # for all cases are one function to it, of which it compiles a few shapes only
         forwards["pytorch compiled"] = torch.compile(case.apply(PLAIN), dynamic=False)
     rows: list[Row] = []
     calls: dict[tuple[str, str], Callable[[int], object]] = {}
+    first = buffers(lambda seed: case.tensors(device, dtype, seed)[0], device)
+    inputs = [[x, *case.tensors(device, dtype, i)[1:]] for i, x in enumerate(first)]
     for name, forward in forwards.items():
-        first = buffers(lambda seed: case.tensors(device, dtype, seed)[0], device)
-        inputs = [[x, *case.tensors(device, dtype, i)[1:]] for i, x in enumerate(first)]
-        error = error_of(case, forward, inputs[0])
-        for which, call in calls_of(forward, inputs).items():
-            call(0)
-            launches, peak = launches_and_peak(call, device)
-            rows.append(Row("operation", str(case), which, name, launches=launches, peak_mb=peak, error=error))
-            calls[which, name] = call
+        try:
+            error = error_of(case, forward, inputs[0])
+            for which, call in calls_of(forward, inputs).items():
+                call(0)
+                launches, peak = launches_and_peak(call, device)
+                rows.append(Row("operation", str(case), which, name, launches=launches, peak_mb=peak, error=error))
+                calls[which, name] = call
+        except Exception as failure:  # shown in the table, whatever a compiler raises
+            rows.append(Row("operation", str(case), "all", name, unsupported=str(failure).split("\n")[0][:100]))
     time_rows(rows, calls, device)
     return rows
 

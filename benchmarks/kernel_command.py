@@ -11,13 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import environment, write_json
+from benchmarks.common import environment, versions, write_json
 from benchmarks.rows import Row, table
 from benchmarks.timing import clocks, copy_bandwidth
 from vdm.cli import Parser
@@ -38,36 +37,42 @@ def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, 
     on_gpu = device.type == "cuda"
     copy = copy_bandwidth(device)
     facts = {**environment(device), "gpu": clocks() if on_gpu else None, "copy_gb_per_s": copy / 1e9}
-    facts["others"] = {name: version(name) for name in ("triton", "diffusers") if find_spec(name) is not None}
+    facts["others"] = versions("triton", "diffusers")
     print(json.dumps(facts, indent=1))
     if not on_gpu:
         print("These are CPU times, in which the kernels have no part: how fast those are, they do not say.")
-    rows = list((gpu_rows if on_gpu else cpu_rows)(device, copy))
-    for line in table(rows):
-        print(line)
+    rows: list[Row] = []
+    for row in (gpu_rows if on_gpu else cpu_rows)(device, copy):
+        for line in table([row], titles=not rows):
+            print(line, flush=True)
+        rows.append(row)
     record: dict[str, object] = {**facts, "rows": [asdict(row) for row in rows]}
     if not on_gpu:
         errors, taken = interpreted(check), compiled()
-        print("in Triton's interpreter, float32 against float64:", errors or "triton is missing")
-        print(*(taken or ["not compiled here: triton or its ptxas is missing"]), sep="\n")
+        print("in Triton's interpreter, float32 against float64:", errors)
+        print(*taken, sep="\n")
         record |= {"interpreter": errors, "compiled": taken}
     if options.json:
         write_json(options.json, record)
 
 
-def interpreted(check: str) -> dict[str, float]:
-    """Errors of kernels by name, as `check` prints them; none where Triton is missing."""
+def interpreted(check: str) -> dict[str, float] | str:
+    """Errors of kernels by name, as `check` prints them; or why there are none."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
     done = _python("-c", check, TRITON_INTERPRET="1")
     if done.returncode:
-        return {}
+        return f"failed: {done.stderr.strip().splitlines()[-1]}"
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
 def compiled() -> list[str]:
-    """What the kernels take of a GPU, as far as it can be found without one: lines of a table."""
+    """What the kernels take of a GPU, as far as it can be found without one: lines of a table; or why there is none."""
+    if find_spec("triton") is None:
+        return ["triton is not installed"]
     done = _python("-m", "kernels.offline", "bf16")
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    return done.stdout.splitlines() if done.returncode == 0 else [f"failed: {done.stderr.strip().splitlines()[-1]}"]
 
 
 def _python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

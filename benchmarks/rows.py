@@ -88,9 +88,10 @@ def set_bandwidth(rows: Sequence[Row], copy: float, moved: Callable[[str], int])
             row.of_copy = row.gb_per_s * 1e9 / copy
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+def table(rows: Sequence[Row], *, titles: bool = True) -> Iterator[str]:
     columns = ("level", "shape", "pass", "implementation", "ms [p20, p80]", "GB/s", "of copy", "launches", "peak MB")
-    yield f"| {' | '.join((*columns, 'ours is faster', 'error'))} |\n" + "|---" * (len(columns) + 2) + "|"
+    if titles:
+        yield f"| {' | '.join((*columns, 'ours is faster', 'error'))} |\n" + "|---" * (len(columns) + 2) + "|"
     for row in rows:
         cells = [row.level, row.shape, row.which, row.name]
         cells.append(row.unsupported or f"{row.ms:.3f} [{row.p20:.3f}, {row.p80:.3f}]")

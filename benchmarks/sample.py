@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.common import environment, write_json
+from benchmarks.common import environment, versions, write_json
 from benchmarks.timing import clocks, interleaved, launches_and_peak
 from vdm.cli import Parser, run
 from vdm.config import load
@@ -138,7 +137,8 @@ def command(arguments: Sequence[str]) -> None:
         pipe = TextToVideo.from_pretrained(options.checkpoint)
     defaults = pipe.config.sampling
     names = ("guidance_scale", "num_frames", "height", "width")
-    chosen = {name: getattr(options, name) or getattr(defaults, name) for name in names}
+    given = {name: getattr(options, name) for name in names}
+    chosen = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
     chosen["num_inference_steps"] = options.steps
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(options.batch_size)]
     pipes: dict[str, Any] = {"vdm": pipe}
@@ -148,7 +148,7 @@ def command(arguments: Sequence[str]) -> None:
         pipe.to(device, dtype)
         calls = calls_of(pipes, prompts, chosen)
         facts = {**environment(device), "gpu": clocks() if device.type == "cuda" else None, "sampling": chosen}
-        facts["others"] = {name: version(name) for name in ("triton", "diffusers") if find_spec(name) is not None}
+        facts["others"] = versions("triton", "diffusers")
         if len(pipes) > 1:
             facts["apart"] = apart(calls["to frames"])
         print(json.dumps(facts, indent=1))

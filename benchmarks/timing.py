@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-REPEATS = {"cuda": 100, "cpu": 7}
+REPEATS = {"cuda": 30, "cpu": 7}
 
 
 def random(sizes: Sequence[int], device: torch.device, seed: int) -> Tensor:
@@ -29,8 +29,14 @@ def clock(call: Callable[[int], object], device: torch.device) -> Callable[[int]
 
         return seconds
 
+    began = time.perf_counter()
+    call(0)
+    cycles = int(4e9 * (time.perf_counter() - began))  # of a GPU below 2 GHz: twice as long as launching takes
+    torch.cuda.synchronize()
+
     def on_gpu(i: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(min(cycles, 20_000_000))  # all is launched before any of it begins
         begin.record()
         call(i)
         end.record()
@@ -42,9 +48,9 @@ def clock(call: Callable[[int], object], device: torch.device) -> Callable[[int]
 
 def interleaved(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call, taken in turn, so that what else the machine does strikes all alike."""
+    for _, call in itertools.product(range(3), calls.values()):
+        call(0)
     clocks = {name: clock(call, device) for name, call in calls.items()}
-    for _, one in itertools.product(range(3), clocks.values()):
-        one(0)
     found: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(REPEATS[device.type]):
         for name, one in clocks.items():
@@ -58,12 +64,12 @@ def buffers(make: Callable[[int], Tensor], device: torch.device) -> list[Tensor]
     if device.type != "cuda":
         return [first]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [first, *(make(i) for i in range(1, min(32, 1 + 3 * cache // max(1, first.nbytes))))]
+    return [first, *(make(i) for i in range(1, min(256, 1 + 3 * cache // max(1, first.nbytes))))]
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy."""
-    size = 2**28 if device.type == "cuda" else 2**24
+    size = 2**30 if device.type == "cuda" else 2**24
     source, target = random((size // 4,), device, 0), torch.empty(size // 4, device=device)
     return 2 * size / statistics.median(interleaved({"": lambda i: target.copy_(source)}, device)[""])
 
@@ -79,14 +85,6 @@ def launches_and_peak(call: Callable[[int], object], device: torch.device) -> tu
     torch.cuda.reset_peak_memory_stats()
     call(0)
     return launches, (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def replayed(call: Callable[[int], object]) -> Callable[[int], object]:
-    """The same as a CUDA graph: no launching from Python."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(0)
-    return lambda i: graph.replay()
 
 
 def clocks() -> str | None:

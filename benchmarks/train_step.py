@@ -12,8 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.common import environment, write_json
+from benchmarks.common import environment, versions, write_json
 from benchmarks.contenders import SMALL, Contender, diffusers_as_it_is, diffusers_tuned, ours, same_weights
 from benchmarks.oracles import fitting, relative
 from benchmarks.timing import clocks, interleaved, launches_and_peak, random
@@ -59,7 +58,7 @@ class Task:
     def flops(self, config: Config) -> int:
         """Of a forward pass of ours: of the products, convolutions and attention that it makes."""
         with torch.device("meta"):
-            unet = UNet3D(config.model)
+            unet = UNet3D(replace(config.model, attention_kernel="sdpa"))  # a kernel takes no tensor of this device
             latents = torch.empty(self.clips, config.model.in_channels, self.frames, self.height, self.width)
             context = torch.empty(self.clips, self.tokens, config.model.context_dim)
             return count(lambda: unet(latents, torch.zeros(self.clips), context))
@@ -105,9 +104,9 @@ def passes_of(unet: Contender, task: Task, device: torch.device) -> dict[str, Ca
 
 
 def measure(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> list[Row]:
-    """Rows of all, pass by pass; the first contender is ours."""
-    flops, rows = task.flops(config), []
-    peak = peak_tflops(torch.cuda.get_device_name(device), mixed_precision="bf16") if device.type == "cuda" else None
+    """Rows of all, pass by pass, in turn."""
+    flops, rows, precision = task.flops(config), [], config.training.mixed_precision
+    peak = peak_tflops(torch.cuda.get_device_name(device), mixed_precision=precision) if device.type == "cuda" else None
     calls = {one.name: passes_of(one, task, device) for one in contenders}
     for which in PASSES:
         mine = {name: passes[which] for name, passes in calls.items()}
@@ -115,19 +114,37 @@ def measure(contenders: Sequence[Contender], task: Task, config: Config, device:
         for name, call in mine.items():
             call(0)
             facts[name] = launches_and_peak(call, device)
-        seconds = interleaved(mine, device)
-        middle = {name: statistics.median(times) for name, times in seconds.items()}
-        for name, times in seconds.items():
-            low, *_, high = statistics.quantiles(times, n=5)
-            tflops = flops * (1 if which == "forward" else 3) / middle[name] / 1e12
+        for name, times in interleaved(mine, device).items():
+            middle, (low, *_, high) = statistics.median(times), statistics.quantiles(times, n=5)
+            tflops = flops * (1 if which == "forward" else 3) / middle / 1e12
             launches, megabytes = facts[name]
             rows.append(
                 Row(
-                    name, which, *(1e3 * x for x in (middle[name], low, high)), 60 * task.clips / middle[name], tflops,
+                    name, which, *(1e3 * x for x in (middle, low, high)), 60 * task.clips / middle, tflops,
                     None if peak is None else tflops / peak, None if megabytes is None else megabytes / 1e3, launches,
-                    middle[name] / middle[contenders[0].name],
                 )
             )  # fmt: skip
+    return rows
+
+
+def compared(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> list[Row]:
+    """All in turn on a CPU; on a GPU, whose memory has no room for all, one after the other. The first is ours."""
+    if device.type == "cpu":
+        rows = measure(contenders, task, config, device)
+    else:
+        rows = []
+        for one in contenders:
+            one.module.to(device)
+            try:
+                rows += measure([one], task, config, device)
+            except torch.OutOfMemoryError:
+                print(f"{one.name} does not fit into the GPU's memory")
+            one.module.zero_grad(set_to_none=True)
+            one.module.to("cpu")
+            torch.cuda.empty_cache()
+    ours_ms = {row.which: row.ms for row in rows if row.name == contenders[0].name}
+    for row in rows:
+        row.ours_is_faster = row.ms / ours_ms[row.which] if row.which in ours_ms else None
     return rows
 
 
@@ -157,16 +174,17 @@ def profile(unet: Contender, task: Task, device: torch.device, folder: Path) -> 
 
 def contenders_of(config: Config, device: torch.device, rival: str | None) -> list[Contender]:
     """Ours first. With a rival, all have the same weights."""
-    training = config.training
+    training, on_gpu = config.training, device.type == "cuda"
     autocast = None if training.mixed_precision == "no" else AUTOCAST[training.mixed_precision]
     how = training.gradient_checkpointing if isinstance(training.gradient_checkpointing, str) else "none"
+    device = torch.device("cpu") if device.type == "cuda" else device  # each comes to a GPU when it is its turn
     found = [ours(config.model, device, autocast=autocast, recompute=how, compiled=training.compile)]
     if rival == "diffusers":
         if find_spec("diffusers") is None:
             raise UserError("--rival diffusers needs diffusers; run: pip install -e '.[parity]'")
         found.append(diffusers_as_it_is(config.model, device, autocast=autocast))
         same_weights(found[0], found[1])
-        if device.type == "cuda":
+        if on_gpu:
             found.append(diffusers_tuned(config.model, device))
     return found
 
@@ -192,15 +210,18 @@ def command(arguments: Sequence[str]) -> None:
     task = Task(clips, options.num_frames, latent, latent)
     contenders = contenders_of(config, device, options.rival)
     facts = {**environment(device), "gpu": clocks() if device.type == "cuda" else None, "task": asdict(task)}
-    facts["others"] = {name: version(name) for name in ("triton", "diffusers") if find_spec(name) is not None}
-    if len(contenders) > 1:
+    facts["others"] = versions("triton", "diffusers")
+    chosen = ("mixed_precision", "gradient_checkpointing", "compile")
+    facts["training"] = {name: getattr(config.training, name) for name in chosen}
+    if len(contenders) > 1 and device.type == "cpu":
         outputs = [unet(*task.inputs(unet, device)).detach() for unet in contenders[:2]]
         facts["apart"] = relative(*outputs)
     print(json.dumps(facts, indent=1))
-    rows = measure(contenders, task, config, device)
+    rows = compared(contenders, task, config, device)
     for line in table(rows):
         print(line)
     if options.profile:
+        contenders[0].module.to(device)
         profile(contenders[0], task, device, options.profile)
     if options.json:
         write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})

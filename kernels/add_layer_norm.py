@@ -40,8 +40,11 @@ def why_not(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> str | No
         return f"weight and bias must be ({x.shape[-1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}"
     if not 1 <= x.shape[-1] <= MAX_CHANNELS:
         return f"the kernel takes 1 to {MAX_CHANNELS} channels, got {x.shape[-1]}"
-    if not {x.dtype, weight.dtype, bias.dtype} <= set(DTYPES):
-        return f"the kernel takes float16, bfloat16, float32 and float64, got {x.dtype}"
+    for tensor in (x, weight, bias):
+        if tensor.dtype not in DTYPES:
+            return f"the kernel takes float16, bfloat16, float32 and float64, got {tensor.dtype}"
+    if not x.device == branch.device == weight.device == bias.device:
+        return f"all must be on one device, got {x.device}, {branch.device}, {weight.device} and {bias.device}"
     if x.device.type != "cuda" and not INTERPRETED:
         return f"the kernel needs a CUDA device, and the tensor is on {x.device.type}"
     return None
@@ -128,7 +131,9 @@ def constants(channels: int, dtype: torch.dtype) -> dict[str, object]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    """(R, C), with strides along C that a program can multiply in 32 bits."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.shape[1] * rows.stride(1) < 2**31 else rows.contiguous()
 
 
 def run_forward(

@@ -101,6 +101,7 @@ def constants(width: int, dtype: torch.dtype) -> dict[str, object]:
 def _launch(kernel, tensors, x, out):
     """`tensors` and x as (rows, columns) of any strides; `out` is filled and returned."""
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (*tensors, x)]
+    flat = [tensor if tensor.shape[1] * tensor.stride(1) < 2**31 else tensor.contiguous() for tensor in flat]
     R, W = flat[-1].shape[0], flat[-1].shape[1] // 2
     if out.numel():
         chosen = constants(W, x.dtype)

@@ -18,6 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BLOCK_R, BLOCK_C = 32, 64  # rows and channels of a tile
 PROGRAMS = 512  # that share the sums; more than any GPU has units
 BLOCK_S = 16  # splits that are put together at a time
+MAX_WIDTH = 256  # channels of a group
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -41,8 +42,13 @@ def why_not(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> str | None:
         return f"x must be (N, C, ...) with C divisible by {groups} groups, got {tuple(x.shape)}"
     if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         return f"weight and bias must be ({x.shape[1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}"
-    if not {x.dtype, weight.dtype, bias.dtype} <= set(DTYPES):
-        return f"the kernel takes float16, bfloat16, float32 and float64, got {x.dtype}"
+    if x.shape[1] // groups > MAX_WIDTH:
+        return f"the kernel takes groups of at most {MAX_WIDTH} channels, got {x.shape[1] // groups}"
+    for tensor in (x, weight, bias):
+        if tensor.dtype not in DTYPES:
+            return f"the kernel takes float16, bfloat16, float32 and float64, got {tensor.dtype}"
+    if not x.device == weight.device == bias.device:
+        return f"all must be on one device, got {x.device}, {weight.device} and {bias.device}"
     if x.device.type != "cuda" and not INTERPRETED:
         return f"the kernel needs a CUDA device, and the tensor is on {x.device.type}"
     return None
@@ -91,19 +97,21 @@ def _moments_kernel(
     """x (N, R, C) by strides -> parts (N, S, 2, C): each channel's mean and sum of squared deviations from it."""
     n, split, start, end, c_C = _part(R, C, S, rows, BLOCK_R, BLOCK_C)
     base = x + n * sn
-    # Sums are of differences to one of the numbers, so that little is lost where the mean is far from zero.
-    origin = tl.load(base + start * sr + c_C * sc, mask=c_C < C, other=0.0).to(ACC)
-    total, squares = tl.zeros((BLOCK_C,), ACC), tl.zeros((BLOCK_C,), ACC)
+    # Tile by tile, each about its own mean (Chan et al. 1979), so that nothing cancels wherever the mean is.
+    mean, squares = tl.zeros((BLOCK_C,), ACC), tl.zeros((BLOCK_C,), ACC)
     for first in range(start, end, BLOCK_R):
         r_R = first + tl.arange(0, BLOCK_R)
         keep_RC = (r_R < end)[:, None] & (c_C < C)[None, :]
-        difference = tl.where(keep_RC, _load(base, r_R, c_C, keep_RC, sr, sc, ACC) - origin[None, :], 0.0)
-        total += tl.sum(difference, axis=0)
-        squares += tl.sum(difference * difference, axis=0)
-    mean = total / (end - start).to(ACC)
+        tile = _load(base, r_R, c_C, keep_RC, sr, sc, ACC)
+        here, before = (tl.minimum(end, first + BLOCK_R) - first).to(ACC), (first - start).to(ACC)
+        center = tl.sum(tile, axis=0) / here
+        apart = tl.where(keep_RC, tile - center[None, :], 0.0)
+        shift = center - mean
+        squares += tl.sum(apart * apart, axis=0) + shift * shift * (before * here / (before + here))
+        mean += shift * (here / (before + here))
     to = parts + (n * S + split) * 2 * C + c_C
-    tl.store(to, origin + mean, mask=c_C < C)
-    tl.store(to + C, tl.maximum(squares - total * mean, 0.0), mask=c_C < C)
+    tl.store(to, mean, mask=c_C < C)
+    tl.store(to + C, squares, mask=c_C < C)
 
 
 @triton.jit(do_not_specialize=["R", "S", "rows"])
@@ -122,7 +130,7 @@ def _statistics_kernel(
         keep = (s_S < S)[:, None] & keep_W[None, :]
         count = (tl.minimum(R, (s_S + 1) * rows) - s_S * rows).to(ACC)
         total += tl.load(base + s_S[:, None] * 2 * C + c_W[None, :], mask=keep, other=0.0) * count[:, None]
-    size = (R * W).to(ACC)
+    size = R.to(ACC) * W
     center = tl.sum(tl.sum(total, axis=1), axis=0) / size
     squares = tl.zeros((BLOCK_S, BLOCK_W), ACC)
     for first in range(0, S, BLOCK_S):

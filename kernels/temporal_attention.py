@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_FRAMES, MAX_HEAD_DIM = 64, 128
+MAX_INT32 = 2**31 - 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,10 +29,12 @@ def temporal_attention(qkv: Tensor, *, key_mask: Tensor | None = None, scale: fl
     """
     if reason := why_not(qkv):
         raise ValueError(reason)
-    if key_mask is not None and (key_mask.shape != qkv.shape[:2] or key_mask.dtype != torch.bool):
+    if key_mask is not None and (
+        key_mask.shape != qkv.shape[:2] or key_mask.dtype != torch.bool or key_mask.device != qkv.device
+    ):
         raise ValueError(
-            f"key_mask must be bool {tuple(qkv.shape[:2])}, got {key_mask.dtype} {tuple(key_mask.shape)}; "
-            "give one truth value a frame"
+            f"key_mask must be bool {tuple(qkv.shape[:2])} on {qkv.device}, got {key_mask.dtype} "
+            f"{tuple(key_mask.shape)} on {key_mask.device}; give one truth value a frame"
         )
     return _attention(qkv, key_mask, qkv.shape[5] ** -0.5 if scale is None else float(scale))
 
@@ -232,7 +235,9 @@ def constants(qkv: Tensor, *, masked: bool, scale: float, backward: bool) -> dic
 
 
 def _launch(kernel, before, qkv, key_mask, out, strides, scale, *, backward):
-    B, F, P, _, H, _ = qkv.shape
+    B, F, P, _, H, D = qkv.shape
+    if max(2 * qkv.stride(3), D * qkv.stride(5)) > MAX_INT32:  # what a program multiplies in 32 bits
+        qkv = qkv.contiguous()
     chosen = constants(qkv, masked=key_mask is not None, scale=scale, backward=backward)
     mask, mask_strides = (qkv, (0, 0)) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride())
     programs = B * H * triton.cdiv(P, chosen["BLOCK_P"])
@@ -249,6 +254,8 @@ def run_forward(qkv: Tensor, key_mask: Tensor | None, scale: float, out: Tensor)
 
 def run_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, dqkv: Tensor) -> Tensor:
     """Fill `dqkv` (B, F, P, 3, H, D), contiguous, and return it."""
+    if grad.shape[4] * grad.stride(4) > MAX_INT32:
+        grad = grad.contiguous()
     return _launch(_backward_kernel, (grad,), qkv, key_mask, dqkv, grad.stride(), scale, backward=True)
 
 

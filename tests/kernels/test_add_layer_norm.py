@@ -137,6 +137,7 @@ def test_what_it_refuses() -> None:
         ((x, x, w[:3], w), "weight and bias must be"),
         ((big, big, big[0], big[0]), "1 to 4096 channels, got 4097"),
         ((x.long(), x.long(), w, w), "got torch.int64"),
+        ((x, x, w.to("meta"), w), "on one device"),
     ):
         with pytest.raises(ValueError, match=said):
             add_layer_norm(*arguments, 1e-5)

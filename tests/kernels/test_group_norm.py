@@ -105,6 +105,13 @@ def test_a_mean_far_from_zero_costs_no_more_than_its_own_digits(mean: float) -> 
     )
 
 
+def test_one_row_far_from_all_others_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROGRAMS", 1)  # so that one program takes all rows
+    x = channels_last(1, 8, 300)
+    x[..., 0] = 300.0
+    assert max(errors(x.float(), 2, False)) < 1e-5
+
+
 def test_numbers_that_are_all_equal() -> None:
     x = torch.full((1, 4, 9), 7.0, device=DEVICE)
     weight, bias = (p.float() for p in affine(4))
@@ -164,6 +171,9 @@ def test_what_it_refuses() -> None:
         ((x[..., 0], 2, w, w), "x must be"),
         ((x, 2, w[:3], w), "weight and bias must be"),
         ((x.long(), 2, w, w), "got torch.int64"),
+        ((x, 2, w.long(), w), "got torch.int64"),
+        ((x, 2, w.to("meta"), w), "on one device"),
+        ((torch.zeros(1, 257, 2, device=DEVICE), 1, *[torch.zeros(257, device=DEVICE)] * 2), "at most 256 channels"),
     ):
         with pytest.raises(ValueError, match=said):
             group_norm(*arguments, 1e-5, True)

@@ -149,12 +149,12 @@ def dpmpp_sample(
     before: tuple[Tensor, float] | None = None  # x0 of the last step, and how long that was
     for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)):
         x0, _ = _predict(denoise, x, schedule, t, now)
-        step = _half_log_snr(then) - _half_log_snr(now)
+        step = 0.0 if now == then else _half_log_snr(then) - _half_log_snr(now)
         estimate = x0
         if before is not None and then < 1.0:
             estimate = x0 + (x0 - before[0]) * (step / before[1] / 2.0)  # from pure noise the last step was endless
         # Eq. 17, whose e^-h is this ratio, also where h is endless.
-        decay = math.sqrt(now / then * (1.0 - then) / (1.0 - now))
+        decay = math.sqrt(_of_this_step(now, then) * (1.0 - then) / (1.0 - now))
         x = math.sqrt((1.0 - then) / (1.0 - now)) * x + math.sqrt(then) * (1.0 - decay) * estimate
         if step > 0.0:  # a step that stays where it is says nothing of the way
             before = x0, step

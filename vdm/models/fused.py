@@ -33,8 +33,15 @@ def choose(kernel: AttentionKernel) -> Operations:
     elif reason := _why_not():
         raise _refused(reason)
 
-    ours = _kernels(attention=_attend_frames_if_it_can if kernel == "auto" else _attend_frames_or_refuse)
-    if kernel == "auto" and (problem := _problem_of(ours)):
+    try:
+        ours = _kernels(attention=_attend_frames_if_it_can if kernel == "auto" else _attend_frames_or_refuse)
+    except Exception as error:  # a Triton that is there and cannot be imported
+        problem: str | None = f"triton cannot be used ({type(error).__name__}: {str(error).splitlines()[:1]})"
+        if kernel == "triton":
+            raise _refused(str(problem)) from error
+    else:
+        problem = _problem_of(ours) if kernel == "auto" else None
+    if problem:
         _warn(f"model.attention_kernel=auto means sdpa here, for {problem}")
         return PLAIN
     return ours
@@ -46,13 +53,15 @@ def _kernels(attention: Callable[..., Tensor]) -> Operations:
 
     return Operations(
         partial(attention, temporal_attention.temporal_attention, temporal_attention.why_not),
-        partial(_if_on_gpu, geglu.geglu, plain.geglu),
-        partial(_if_on_gpu, group_norm.group_norm, plain.group_norm),
+        partial(_geglu_if_on_gpu, geglu.geglu),
+        partial(_group_norm_if_it_can, group_norm.group_norm, group_norm.why_not),
         partial(_add_layer_norm_if_it_can, add_layer_norm.add_layer_norm, add_layer_norm.why_not),
     )
 
 
 @cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _problem_of(ours: Operations) -> str | None:
     """What is wrong with fused operations on the GPU at hand, by one small try of each; nobody asked for them."""
 
@@ -81,7 +90,7 @@ def _difference(
     draw = torch.Generator().manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
-    try:
+    try:  # as in training, wherever the network is built
         given = torch.randn(shape, generator=draw, device="cpu").to(device, torch.bfloat16)
         for operation in (ours, plain):
             x = given.clone().requires_grad_()
@@ -157,5 +166,9 @@ def _add_layer_norm_if_it_can(
     return plain.add_layer_norm(*given) if why_not(*given[:-1]) else kernel(*given)
 
 
-def _if_on_gpu(kernel: Callable[..., Tensor], otherwise: Callable[..., Tensor], x: Tensor, *given: Any) -> Tensor:
-    return kernel(x, *given) if x.is_cuda or _interpreting() else otherwise(x, *given)
+def _group_norm_if_it_can(kernel: Callable[..., Tensor], why_not: Callable[..., str | None], *given: Any) -> Tensor:
+    return plain.group_norm(*given) if why_not(*given[:4]) else kernel(*given)
+
+
+def _geglu_if_on_gpu(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return kernel(x) if x.is_cuda or _interpreting() else plain.geglu(x)

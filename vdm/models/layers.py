@@ -169,12 +169,13 @@ def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     2x2 convolution of x, whose weights are sums of the 3x3's, and x is never enlarged. All four are one convolution
     here, with 16 products a pixel of x instead of 36.
     """
-    height, width = x.shape[2:]
     bias = None if bias is None else bias.repeat(4)
-    phases = F.conv2d(x, _phase_weights(weight), bias, padding=1).permute(0, 2, 3, 1)
-    phases = phases.unflatten(3, (2, 2, -1))  # (N, H+1, W+1, 2, 2, out)
-    rows = [torch.stack([phases[:, a : a + height, b : b + width, a, b] for b in (0, 1)], dim=3) for a in (0, 1)]
-    y = torch.stack(rows, dim=2)  # (N, H, 2, W, 2, out)
+    # (N, H+1, W+1, 2, 2, out), of which y[n, 2*i + a, 2*j + b] = phases[n, i + a, j + b, a, b]: a view, then one copy
+    phases = F.conv2d(x, _phase_weights(weight), bias, padding=1).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
+    phases = phases.contiguous()
+    by_n, by_row, by_column, by_a, by_b, _ = phases.stride()
+    size = (x.shape[0], x.shape[2], 2, x.shape[3], 2, phases.shape[5])
+    y = phases.as_strided(size, (by_n, by_row, by_row + by_a, by_column, by_column + by_b, 1)).contiguous()
     return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 

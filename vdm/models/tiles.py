@@ -23,14 +23,15 @@ def decode_tiles(decode: Callable[[Tensor], Tensor], tile: int, factor: int, z: 
         for left, right in _spans(width, tile):
             piece = decode(z[..., top:bottom, left:right])
             if total is None:
-                total = piece.new_zeros(*piece.shape[:3], *weights.shape)
+                wide = torch.promote_types(piece.dtype, torch.float32)
+                total = piece.new_zeros(*piece.shape[:3], *weights.shape, dtype=wide)
             window = _ramps(top, bottom, height, tile, factor)[:, None] * _ramps(left, right, width, tile, factor)
             window = window.to(z.device)
             rows, columns = slice(top * factor, bottom * factor), slice(left * factor, right * factor)
-            total[..., rows, columns] += piece * window.to(piece.dtype)
+            total[..., rows, columns] += piece * window
             weights[rows, columns] += window
     assert total is not None
-    return total / weights.to(total.dtype)
+    return (total / weights).to(z.dtype)
 
 
 def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
