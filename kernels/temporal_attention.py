@@ -203,7 +203,7 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 def block_sizes(frames: int, head_dim: int, dtype: torch.dtype, *, backward: bool) -> dict[str, int]:
     """What a program takes at a time, and its warps: found by compiling, so that nothing spills out of registers.
 
-    `python -m kernels.offline` shows it. The exception is float32 beyond 32 frames, backward: it spills, and is slow.
+    `python -m kernels.offline` shows it. Beyond 32 frames the backward pass of float32 and float64 spills.
     """
     wide = dtype in (torch.float32, torch.float64)
     block_f = max(16, triton.next_power_of_2(frames))

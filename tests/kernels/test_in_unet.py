@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from numbers_of_kernels import DEVICE, error
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdm.diffusion import DiffusionConfig, NoiseSchedule, ddim_sample
@@ -80,6 +83,30 @@ def test_gradients_under_checkpointing(how: str) -> None:
     (_, plain, _), (_, again, names) = (calls(model, 3) for model in models)
     assert names == KERNELS
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.slow
+def test_sharded(tmp_path: Path) -> None:
+    """By FSDP2, in a group of one: weights are gathered before each block and let go of behind it."""
+    from vdm.training.recompute import blocks
+
+    plain, sharded = unet("triton").train(), unet("triton").train()
+    expected = calls(plain, 3)[1]
+    meeting = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo" if DEVICE == "cpu" else "nccl", store=meeting, rank=0, world_size=1)
+    for parameter in sharded.parameters():
+        parameter.data = parameter.data.contiguous()  # as FSDP wants it
+    try:
+        mesh = init_device_mesh(DEVICE, (1,))
+        for block in blocks(sharded):
+            fully_shard(block, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        _, found, names = calls(sharded, 3)
+        assert names == KERNELS
+        pairs = zip(found, expected, strict=True)
+        assert max(error(a.full_tensor(), b) for a, b in pairs) < 1e-4  # type: ignore[attr-defined]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Three neighbours of a pixel in the finer image are but two pixels of x: each of the four phases of the result is a
     2x2 convolution of x, whose weights are sums of the 3x3's, and x is never enlarged. All four are one convolution
-    here, with 16 products a pixel of x instead of 36.
+    here, with 16 products a pixel of x instead of 36. (In 16 bit the sums are rounded too: as exact, not equal.)
     """
     bias = None if bias is None else bias.repeat(4)
     # (N, H+1, W+1, 2, 2, out), of which y[n, 2*i + a, 2*j + b] = phases[n, i + a, j + b, a, b]: a view, then one copy

@@ -31,8 +31,9 @@ def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
 def attend_frames(qkv: Tensor) -> Tensor:
     """Attention among the frames of each position: packed (B, T, P, 3, N, D) -> (B, T, P, N, D).
 
-    No view of all clips has B and P on one axis. Of one clip there is one, which SDPA's kernels take as it is: the only
-    copy is that of the result. On a CPU, whose caches such strides do not suit, a packed copy is faster all the same.
+    No view of all clips has B and P on one axis. Of one clip there is one, which SDPA's kernels take as it is, so that
+    the result alone is copied. On a CPU, whose caches such strides do not suit, and for many clips a packed copy is
+    made, and the projection behind makes another of the result.
     """
     if qkv.is_cuda and qkv.shape[0] <= FEW:
         return _clip_by_clip(qkv)
