@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from torch import Tensor
 from benchmarks.attn_rivals import cores, layer_input, layers
 from benchmarks.kernel_command import compare
 from benchmarks.rows import Row, calls_of, set_bandwidth, time_rows
-from benchmarks.timing import buffers, launches_and_peak, random
+from benchmarks.timing import buffers, launches_and_peak, random, replayed
 from kernels import reference
 from vdm.cli import run
 
 # Positions and heads: the transformer after the first convolution, levels 0 to 2 and the middle; level 0 at 512x512.
 PLACES = {"in": (1024, 8), "L0": (1024, 5), "L1": (256, 10), "L2": (64, 20), "mid": (16, 20), "L0@512": (4096, 5)}
+SMALL = 64  # positions up to which graphs are replayed too
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -88,6 +89,8 @@ def core(shape: Shape, device: torch.device, copy: float, *, compiled: bool) -> 
             inputs = [rival.lay_out(qkv) for qkv in packed]
             error = error_of(rival, shape.qkv(device))
             passes = calls_of(rival.run, inputs)
+            if device.type == "cuda" and shape.positions <= SMALL and not rival.name.endswith("compiled"):
+                passes |= graphs_of(passes["forward"])
             for which, call in passes.items():
                 call(0)
                 launches, peak = launches_and_peak(call, device)
@@ -98,6 +101,14 @@ def core(shape: Shape, device: torch.device, copy: float, *, compiled: bool) -> 
     time_rows(rows, calls, device)
     set_bandwidth(rows, copy, shape.bytes)
     return rows
+
+
+def graphs_of(forward: Callable[[int], object]) -> dict[str, Callable[[int], object]]:
+    """The forward pass as a graph; nothing where a backend cannot be captured."""
+    try:
+        return {"forward, graph replayed": replayed(forward)}
+    except RuntimeError:
+        return {}
 
 
 def layer(shape: Shape, device: torch.device, *, compiled: bool) -> list[Row]:

@@ -61,6 +61,30 @@ def _einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bphfg,bgphd->bfphd", scores.softmax(-1), v)
 
 
+def _varlen() -> Rival:
+    """flash-attn's own function for sequences of any length, here all of F, one after the other."""
+    from flash_attn import flash_attn_varlen_func
+
+    def lay_out(qkv: Tensor) -> tuple[Tensor, ...]:  # 3 x (B*P*F, H, D), and where each sequence begins
+        B, frames, P = qkv.shape[:3]
+        lines = tuple(one.contiguous() for one in qkv.permute(3, 0, 2, 1, 4, 5).flatten(1, 3))
+        starts.update({lines[0].shape[0]: torch.arange(B * P + 1, device=qkv.device, dtype=torch.int32) * frames})
+        lengths.update({lines[0].shape[0]: frames})
+        return lines
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        begin, frames = starts[q.shape[0]], lengths[q.shape[0]]
+        out: Tensor = flash_attn_varlen_func(q, k, v, begin, begin, frames, frames)
+        return out
+
+    def see(out: Tensor, qkv: Tensor) -> Tensor:
+        return out.unflatten(0, (qkv.shape[0], qkv.shape[2], qkv.shape[1])).transpose(1, 2)
+
+    starts: dict[int, Tensor] = {}
+    lengths: dict[int, int] = {}
+    return Rival("flash-attn varlen", lay_out, run, see)
+
+
 def cores(device: torch.device, *, compiled: bool) -> list[Rival]:
     """Ours first. `compiled` adds those that torch.compile makes, which takes seconds a shape."""
     packed = lambda qkv: (qkv,)  # noqa: E731
@@ -70,6 +94,8 @@ def cores(device: torch.device, *, compiled: bool) -> list[Rival]:
 
         rivals.insert(0, Rival("vdm triton", packed, temporal_attention))
     rivals += [Rival(name, _sequences, partial(_sdpa, backend), _packed) for name, backend in BACKENDS.items()]
+    if importlib.util.find_spec("flash_attn") is not None and device.type == "cuda":
+        rivals.append(_varlen())
     if compiled:
         from torch.nn.attention.flex_attention import flex_attention
 

@@ -23,6 +23,7 @@ from vdm.cli import Parser
 from vdm.generate import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGEST_ERROR = 1e-2  # in the Euclidean norm, of bfloat16
 Rows = Callable[[torch.device, float], Iterable[Row]]
 
 
@@ -46,6 +47,9 @@ def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, 
         for line in table([row], titles=not rows):
             print(line, flush=True)
         rows.append(row)
+    for row in rows:
+        if row.which == "forward" and row.error is not None and row.error > LARGEST_ERROR:
+            print(f"warning: {row.name} at {row.shape} is off by {row.error:.1e} of float64")
     record: dict[str, object] = {**facts, "rows": [asdict(row) for row in rows]}
     if not on_gpu:
         errors, taken = interpreted(check), compiled()
