@@ -74,8 +74,8 @@ def generate(request: Request) -> list[Path]:
     for name in ("num_videos_per_prompt", "batch_size"):
         if getattr(request, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(request, name)}")
-    if request.eta is not None and request.sampler in ("ddpm", "dpmpp"):
-        raise UserError(f"--eta is of the ddim sampler; leave it out with --sampler {request.sampler}")
+    if request.eta and request.sampler == "dpmpp":
+        raise UserError("--eta is not for --sampler dpmpp, which is deterministic; leave it out, or use ddim")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
     _require_writable(request.output_dir)
