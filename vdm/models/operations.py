@@ -13,9 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
 MAX_BATCH = 65_535
+# Up to here, where gradients are wanted on a CPU, plain products round less than the fused kernel, and are no slower
+# backward. Without gradients the fused kernel is faster at any length.
+SHORT = 128
 # So few clips are faster attended to one by one, on views, than copied first to be attended to at once.
 FEW = 4
 
@@ -25,6 +29,9 @@ def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     if q_BNLD.shape[0] > MAX_BATCH:
         pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
         return torch.cat([attend(q, k, v) for q, k, v in pieces])
+    if q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT and torch.is_grad_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
     return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
 
 
