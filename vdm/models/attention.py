@@ -16,7 +16,7 @@ from vdm.models.layers import FrameGroupNorm, Linear, VideoGroupNorm, as_many, f
 from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
-CACHED = 2**21
+CACHED = 2**20
 
 
 class SpatialSelfAttention(nn.Module):
