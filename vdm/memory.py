@@ -5,6 +5,7 @@ The code that runs is the code itself; nothing is estimated but what happens ins
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from vdm.models import attention
 
 OTHER = "activations"  # all that nobody has marked: temporaries too
 _aten = torch.ops.aten
@@ -142,6 +145,7 @@ def imagined(*, cuda: bool) -> Iterator[Ledger]:
     with (
         _replaced(torch.utils, {"swap_tensors": _overwrite}),
         _replaced(F, _choices_of_cuda() if cuda else {}),
+        _replaced(attention, {"CACHED": sys.maxsize} if cuda else {}),  # pieces are for the caches of a CPU
         FakeTensorMode(),
         Ledger() as ledger,
     ):
@@ -149,15 +153,15 @@ def imagined(*, cuda: bool) -> Iterator[Ledger]:
 
 
 @contextmanager
-def _replaced(module: Any, functions: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in functions}
+def _replaced(module: Any, others: Mapping[str, Any]) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in others}
     try:
-        for name, function in functions.items():
-            setattr(module, name, function)
+        for name, other in others.items():
+            setattr(module, name, other)
         yield
     finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+        for name, one in before.items():
+            setattr(module, name, one)
 
 
 def _overwrite(old: Tensor, new: Tensor) -> None:
