@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from vdm.diffusion import (
 from vdm.errors import UserError
 from vdm.interop import open_model
 from vdm.interop.lora import merge_lora
+from vdm.side_by_side import side_by_side
 
 __all__ = ["TextToVideo", "VideoOutput", "build_components"]
 
@@ -208,7 +210,7 @@ class TextToVideo:
     def _frames(self, z: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Any]]:
         if output_type == "latent":
             return z
-        video = self.vae.decode(z, tile=self.config.sampling.vae_tile)
+        video = side_by_side(partial(self.vae.decode, tile=self.config.sampling.vae_tile))(z)
         video = ((video + 1.0) / 2.0).clamp(0.0, 1.0).transpose(1, 2)  # (B,T,3,H,W)
         if output_type == "pt":
             return video
@@ -239,7 +241,8 @@ class TextToVideo:
         callback: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
-        denoise = guided(self.unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
+        unet = side_by_side(self.unet)
+        denoise = guided(unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "callback": callback}
         if options.sampler == "dpmpp":
