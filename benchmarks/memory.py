@@ -3,6 +3,7 @@
 The UNet of `configs/a100.yaml` in bfloat16 with fused attention is run on the meta device, where tensors have sizes and
 no contents: what is kept for the backward pass, and the most that is there at a time, come from the sizes of all
 storages that are alive. A smaller UNet is run on `--device`: what its allocator had at most, the time, the gradients.
+`--sampling`: instead, what the public model holds while it samples in float16 on a GPU, imagined in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from benchmarks.common import environment, write_json
 from vdm.cli import Parser, run
 from vdm.config import load
 from vdm.generate import pick_device
+from vdm.memory import imagined
 from vdm.models import UNet3D, UNetConfig, attention, operations
+from vdm.pipeline import TextToVideo, build_components
 from vdm.training.parallel import checkpoint_activations
 from vdm.training.settings import Recompute
 
@@ -37,6 +40,11 @@ MODES: tuple[Recompute, ...] = get_args(Recompute)
 SMALL = UNetConfig(unet_dim=32, attention_head_dim=16, context_dim=128)
 SHAPE = (1, 4, 8, 32, 32)  # of the smaller UNet's latents
 ROUNDS = 3
+SAMPLED = ((16, 256), (64, 256), (16, 512))  # frames, and pixels of a side
+UNBOUND = (
+    "text.text_weights=null",
+    "model.max_num_frames=null",
+)  # random weights, and clips longer than it was trained on
 
 
 class LiveBytes(TorchDispatchMode):
@@ -167,6 +175,45 @@ def on_device(device: torch.device) -> dict[str, dict[str, float]]:
     return found
 
 
+def sampling(*, frames: int, size: int, at_once: bool = True) -> dict[str, float]:
+    """Bytes at the peaks of a guided step and of decoding a clip, with all weights, half of them but the text's.
+
+    What happens inside a kernel, and the CUDA context, about a gigabyte together, do not count.
+    """
+    overrides = (*UNBOUND, f"sampling.guidance_at_once={str(at_once).lower()}")
+    config = load(ROOT / "configs" / "modelscope-1.7b.yaml", overrides)
+    with imagined(cuda=True) as ledger, torch.no_grad():
+        pipe = TextToVideo(config, build_components(config)).to(dtype=torch.float16)
+        parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+        found = {"weights": float(sum(p.nbytes for part in parts for p in (*part.parameters(), *part.buffers())))}
+        ledger.watch()
+        side = {"num_frames": frames, "height": size, "width": size}
+        latents = pipe("a prompt", num_inference_steps=1, output_type="latent", **side).frames
+        found["denoising"] = float(sum(ledger.peak.values()))
+        ledger.watch()
+        pipe.vae.decode(latents, tile=config.sampling.vae_tile)
+        found["decoding"] = float(sum(ledger.peak.values()))
+    return found
+
+
+def sampling_rows() -> list[dict[str, Any]]:
+    cases = [(frames, size, True) for frames, size in SAMPLED] + [(*SAMPLED[1], False)]
+    return [
+        {"frames": frames, "size": size, "guidance_at_once": at_once}
+        | sampling(frames=frames, size=size, at_once=at_once)
+        for frames, size, at_once in cases
+    ]
+
+
+def sampling_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield "| clip | guidance | weights | denoising | decoding |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        numbers = " | ".join(f"{row[name] / 1e9:.2f} GB" for name in ("weights", "denoising", "decoding"))
+        how = "at once" if row["guidance_at_once"] else "in two calls"
+        yield f"| {row['frames']} frames of {row['size']}x{row['size']} | {how} | {numbers} |"
+
+
 def table(full: dict[str, dict[str, dict[str, float]]], measured: dict[str, dict[str, float]]) -> Iterator[str]:
     columns = ("gradient_checkpointing", "kept, 16 frames", "kept, 24 frames", "peak, 24 frames, gradients freed")
     columns += ("smaller UNet: peak", "time", "largest error of a gradient")
@@ -185,8 +232,15 @@ def table(full: dict[str, dict[str, dict[str, float]]], measured: dict[str, dict
 def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="memory.py", description=str(__doc__).split("\n")[0])
     parser.flag("--device", default="cpu", help="where the smaller UNet runs")
+    parser.flag("--sampling", action="store_true", help="what sampling holds, in place of training")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_args(arguments)
+    if options.sampling:
+        rows = sampling_rows()
+        print("\n".join(sampling_table(rows)))
+        if options.json:
+            write_json(options.json, {**environment(torch.device("cpu")), "rows": rows})
+        return
     device = pick_device(options.device)
     full = {how: {str(frames): full_size(how, frames=frames) for frames in (16, 24)} for how in MODES}
     measured = on_device(device)

@@ -9,10 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.data import table
+from benchmarks.memory import sampling_table
 from benchmarks.memory import table as memory_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def saved(name: str) -> dict[str, object]:
@@ -64,8 +66,7 @@ def test_the_table_of_plans_is_the_saved_one() -> None:
 
 
 def test_the_page_of_performance_says_what_the_saved_outputs_say() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    lines = [line for line in page.splitlines() if line.endswith("-cpu.json` |")]
+    lines = [line for line in PERFORMANCE.splitlines() if line.endswith("-cpu.json` |")]
     assert len(lines) == 7
     for line in lines:
         what, ratio, file = line.strip("| ").split(" | ")
@@ -75,3 +76,20 @@ def test_the_page_of_performance_says_what_the_saved_outputs_say() -> None:
         names = {which, "both"} if which == "forward and backward" else {which}
         theirs = [r for r in rows if r["name"] == "diffusers" and (r.get("which") or r.get("part")) in names]
         assert f"{theirs[0]['ours_is_faster']:.2f}" == ratio, line
+
+
+def test_the_table_of_memory_for_sampling_is_the_saved_one() -> None:
+    rows = saved("memory-sampling.json")["rows"]
+    assert isinstance(rows, list) and len(rows) == 4
+    assert [line for line in sampling_table(rows) if line not in PERFORMANCE] == []
+    assert all(max(row["denoising"], row["decoding"]) < 10e9 for row in rows), "12 GB, less context and workspaces"
+
+
+def test_twenty_steps_of_dpmpp_follow_the_prompt_as_fifty_of_ddim_do() -> None:
+    fifty, twenty = saved("demo-cpu.json"), saved("demo-dpmpp-20-cpu.json")
+    assert fifty["manifest_sha256"] == twenty["manifest_sha256"], "of the same weights"
+    for record, what in ((fifty, "DDIM, 50 steps"), (twenty, "DPM-Solver++(2M), 20 steps")):
+        scores = record["scores"]
+        assert isinstance(scores, dict)
+        shares = " | ".join(f"{scores[name]['right']} of {scores[name]['clips']}" for name in ("action", "direction"))
+        assert f"| {what} | {shares} |" in PERFORMANCE

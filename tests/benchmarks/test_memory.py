@@ -58,3 +58,14 @@ def test_the_command_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     record = json.loads((tmp_path / "m.json").read_text())
     assert set(record["full_size"]) == set(record["small"]) == {"none", "cheap", "block"}
     assert all(row["gradient_error"] <= 1e-6 and row["peak"] > 0 for row in record["small"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("frames", "size"), memory.SAMPLED[1:])
+def test_long_and_large_clips_are_sampled_in_12_gb(frames: int, size: int) -> None:
+    at_once = memory.sampling(frames=frames, size=size)
+    apart = memory.sampling(frames=frames, size=size, at_once=False)
+    assert (
+        3e9 < at_once["weights"] < apart["denoising"] < at_once["denoising"] < 10e9
+    )  # 12, less context and workspaces
+    assert at_once["decoding"] < 10e9

@@ -47,7 +47,7 @@ def test_res_block_is_its_formula_frame_by_frame(out_channels: int) -> None:
     def plain(frame: Tensor) -> Tensor:
         h = F.silu(F.group_norm(frame, 2, parts["norm1.weight"], parts["norm1.bias"], eps=1e-5))
         h = F.conv2d(h, parts["conv1.weight"], parts["conv1.bias"], padding=1)
-        h = h + F.linear(F.silu(emb), parts["emb.weight"], parts["emb.bias"])[:, :, None, None]
+        h = h + F.linear(emb, parts["emb.weight"], parts["emb.bias"])[:, :, None, None]
         h = F.silu(F.group_norm(h, 2, parts["norm2.weight"], parts["norm2.bias"], eps=1e-5))
         h = F.conv2d(h, parts["conv2.weight"], parts["conv2.bias"], padding=1)
         short = F.conv2d(frame, parts["shortcut.weight"], parts["shortcut.bias"]) if out_channels != 8 else frame

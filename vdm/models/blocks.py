@@ -1,9 +1,11 @@
-"""The UNet's blocks. Every one is called `block(x, emb, context) -> x` on a video (B, C, T, H, W)."""
+"""The UNet's blocks. Every one is called `block(x, emb, context) -> x` on a video (B, C, T, H, W).
+
+`emb` (B, 4*dim) is the SiLU of the time embedding, which all ResBlocks read.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.models.dropout import ClipDropout
@@ -28,7 +30,7 @@ class Pass(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GN-SiLU-Conv3x3, + Linear(SiLU(emb)), GN-SiLU-Dropout-Conv3x3, residual. Both norms are per frame, eps 1e-5."""
+    """GN-SiLU-Conv3x3, + Linear(emb), GN-SiLU-Dropout-Conv3x3, residual. Both norms are per frame, eps 1e-5."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        h = h + self.emb(F.silu(emb))[:, :, None, None, None]
+        h = h + self.emb(emb)[:, :, None, None, None]
         h = self.conv2(self.dropout(self.norm2(h)))
         return self.shortcut(x) + h
 

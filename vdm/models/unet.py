@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
@@ -172,7 +173,7 @@ class UNet3D(nn.Module):
         self._check(latents, timesteps, context)
         x = latents.contiguous(memory_format=torch.channels_last_3d).to(self.conv_in.weight.dtype)
         context = context.to(x.dtype)
-        emb = self.time_embedding(timesteps)
+        emb = F.silu(self.time_embedding(timesteps))
         x = self.transformer_in(self.conv_in(x), emb, context)
         # Videos become as many as texts where they first meet; what needs the step or the past follows them.
         skips = [x]
