@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdm import dist
 from vdm.components import SHIPPED, Components, build_components, fill_part, save_parts, states, without_sources
 from vdm.config import Config
 from vdm.diffusion import (
@@ -26,6 +27,7 @@ from vdm.diffusion import (
 from vdm.errors import UserError
 from vdm.interop import open_model
 from vdm.interop.lora import merge_lora
+from vdm.replay import Replayed
 from vdm.side_by_side import side_by_side
 
 __all__ = ["TextToVideo", "VideoOutput", "build_components"]
@@ -241,7 +243,7 @@ class TextToVideo:
         callback: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
-        unet = side_by_side(self.unet)
+        unet = Replayed(self.unet, self.device) if options.cuda_graph and dist.size() == 1 else side_by_side(self.unet)
         denoise = guided(unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "callback": callback}

@@ -24,6 +24,7 @@ class SamplingConfig:
 
     guidance_at_once: the guided and the unguided prediction are one batch; apart they take half the memory.
     vae_tile: decode in blended squares of so many latents, for frames too large for memory; null decodes whole frames.
+    cuda_graph: on a GPU, and in one process, record the UNet's kernels once and replay them at each step.
     """
 
     num_frames: int = 16
@@ -38,6 +39,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     guidance_at_once: bool = True
     vae_tile: int | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("num_inference_steps", 1)):
