@@ -122,11 +122,13 @@ def load_c3d(path: str | Path) -> Judge:
     arrays = _read_npz(path)
     if "conv1a/W" not in arrays:
         raise UserError(f"{path} is no C3D, for it has no conv1a/W; {_GIVE}")
-    net = C3D()
-    for name, ours in net.state_dict().items():
-        if name != "mean":
-            _copy(path, ours, arrays, name.replace(".weight", "/W").replace(".bias", "/b"))
-    net.mean.copy_(_read_mean(path.with_name(MEAN_FILE)))
+    with torch.device("meta"):  # the file's tensors become the network's, so none are drawn
+        net = C3D()
+    tensors = {"mean": _read_mean(path.with_name(MEAN_FILE))}
+    for name, spec in net.state_dict().items():
+        if name not in tensors:
+            tensors[name] = _checked(path, arrays, name.replace(".weight", "/W").replace(".bias", "/b"), spec)
+    net.load_state_dict(tensors, assign=True)
     return Judge(net, sha256(path))
 
 
@@ -134,20 +136,20 @@ def _read_npz(path: Path) -> Mapping[str, npt.NDArray[np.generic]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = "it is damaged, or holds more than plain arrays"
         raise UserError(f"{path} cannot be read as an .npz file: {reason}; {_GIVE}") from error
 
 
-def _copy(path: Path, ours: Tensor, arrays: Mapping[str, npt.NDArray[np.generic]], name: str) -> None:
-    theirs = arrays.get(name)
-    if theirs is None:
+def _checked(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], name: str, spec: Tensor) -> Tensor:
+    array = arrays.get(name)
+    if array is None:
         raise UserError(f"{path} is not all of a C3D: it lacks {name}; {_GIVE}")
-    if theirs.shape != ours.shape:
-        raise UserError(f"{path} is another C3D: {name} is {theirs.shape}, not {tuple(ours.shape)}; {_GIVE}")
-    if theirs.dtype.kind != "f" or not np.isfinite(theirs).all():
+    if array.shape != spec.shape:
+        raise UserError(f"{path} is another C3D: {name} is {array.shape}, not {tuple(spec.shape)}; {_GIVE}")
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
         raise UserError(f"{path} is damaged: {name} does not hold plain numbers; download it again")
-    ours.copy_(torch.from_numpy(theirs))
+    return torch.from_numpy(array.astype(np.float32, copy=False))
 
 
 def _read_mean(path: Path) -> Tensor:

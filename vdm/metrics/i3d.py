@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
-from vdm.metrics.i3d_files import GIVE, read_i3d_file
+from vdm.metrics.i3d_files import COUNTER, GIVE, read_i3d_file
 
 SIZE = 224  # pixels; with more the logits become a map, which some code flattens into other features
 MIN_FRAMES = 9  # 8 become one step of time, and the last pool takes two
@@ -108,7 +108,8 @@ class Logits(nn.Module):
 class I3D(nn.Module):
     """Kinetics-400 logits of RGB clips; 12,697,264 parameters, which do not train.
 
-    bn_eps is 1e-3 in the original; VideoGPT's port and its heirs (TATS, LVDM, cd-fvd) have 1e-5.
+    bn_eps is 1e-3 in the original; VideoGPT's port and its heirs (TATS, LVDM, cd-fvd) have 1e-5. Padding is by size, as
+    in TensorFlow; hassony2's port pads as if each size were even, and so differs where T is no multiple of 8.
     """
 
     def __init__(self, *, bn_eps: float = 1e-3):
@@ -180,18 +181,22 @@ def load_i3d(path: str | Path, *, bn_eps: float = 1e-3) -> Loaded:
     """
     path = Path(path)
     file = read_i3d_file(path)
-    net = I3D(bn_eps=bn_eps)
-    ours = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith(".num_batches_tracked")}
-    if wrong := sorted(ours.keys() ^ file.tensors.keys()):
-        lacks = "lacks" if wrong[0] in ours else "has also"
+    with torch.device("meta"):  # the file's tensors become the network's, so none are drawn
+        net = I3D(bn_eps=bn_eps)
+    specs = net.state_dict()
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in specs if name.endswith(COUNTER)}
+    if wrong := sorted((specs.keys() - counters.keys()) ^ file.tensors.keys()):
+        lacks = "lacks" if wrong[0] in specs else "has also"
         raise UserError(f"{path} is not all of an I3D, or more than one: it {lacks} {wrong[0]}; {GIVE}")
-    for name, tensor in ours.items():
-        theirs = file.tensors[name]
-        if theirs.shape != tensor.shape:
-            raise UserError(
-                f"{path} is another I3D: {name} is {tuple(theirs.shape)}, not {tuple(tensor.shape)}; {GIVE}"
-            )
-        if not theirs.is_floating_point() or not theirs.isfinite().all():
-            raise UserError(f"{path} is damaged: {name} does not hold plain numbers; download it again")
-        tensor.copy_(theirs)
+    tensors = {name: _checked(path, name, tensor, specs[name]) for name, tensor in file.tensors.items()}
+    net.load_state_dict(tensors | counters, assign=True)
     return Loaded(net, file.metric, file.sha256, file.warning)
+
+
+def _checked(path: Path, name: str, theirs: Tensor, spec: Tensor) -> Tensor:
+    """A float32 copy, which no longer is a view of the file."""
+    if theirs.shape != spec.shape:
+        raise UserError(f"{path} is another I3D: {name} is {tuple(theirs.shape)}, not {tuple(spec.shape)}; {GIVE}")
+    if not theirs.is_floating_point() or not theirs.isfinite().all():
+        raise UserError(f"{path} is damaged: {name} does not hold plain numbers; download it again")
+    return theirs.detach().to(torch.float32, copy=True).contiguous()

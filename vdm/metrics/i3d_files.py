@@ -18,6 +18,7 @@ from vdm.weights import open_weights, sha256
 
 FVD = "fvd"  # of Kinetics-400 alone: tfhub's deepmind/i3d-kinetics-400/1, by which FVD was defined
 IMAGENET = "fvd_i3d_imagenet"  # of ImageNet, then Kinetics-400: the checkpoint of deepmind/kinetics-i3d
+COUNTER = ".num_batches_tracked"  # newer files have one for each norm; no evaluation reads it
 GIVE = "give i3d_torchscript.pt or i3d_pretrained_400.pt"
 
 # The published files, byte for byte: by SHA-256, and those that lie in a git repository by git's name for them.
@@ -45,7 +46,7 @@ _HASSONY = {
 
 @dataclass(frozen=True)
 class I3DFile:
-    """`tensors` by our names, without the counters that no evaluation reads; `metric` is what FVD by them is called.
+    """`tensors` by our names, without counters; `metric` is what FVD by them is called.
 
     `warning` is "" for a published file, and else the sentence to print and record.
     """
@@ -79,11 +80,7 @@ def _named_as_ours(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         for name in tensors:
             if name == stem or name.endswith(f".{stem}"):
                 outer = name.removesuffix(stem)
-                return {
-                    _ours(old.removeprefix(outer)): tensors[old]
-                    for old in tensors
-                    if not old.endswith(".num_batches_tracked")
-                }
+                return {_ours(old.removeprefix(outer)): tensors[old] for old in tensors if not old.endswith(COUNTER)}
     raise UserError(f"{path} is no I3D, for it has no {_STEM}; {GIVE}")
 
 
