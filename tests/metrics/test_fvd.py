@@ -189,5 +189,3 @@ def test_the_whole_network() -> None:
     assert together.shape == (3, 400)
     video = (resize(batch, 224) / 127.5 - 1).transpose(1, 2)
     torch.testing.assert_close(together, whole(video), atol=1e-5, rtol=1e-5)
-    checks = scaled(whole, to=152.92)
-    assert checks[0].ok and checks[0].found == pytest.approx(152.92, abs=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from vdm.errors import UserError
 from vdm.metrics import i3d_files
 from vdm.metrics.i3d import I3D, load_i3d, max_pool_same, pad_same
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
 
 State = dict[str, Tensor]
 
@@ -143,17 +146,18 @@ def test_training_mode_changes_nothing(net: I3D) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("frames", "steps"), [(9, 1), (16, 1), (17, 2), (24, 2)])
-def test_steps_of_time_and_layers(net: I3D, frames: int, steps: int) -> None:
-    video = pixels(1, 3, frames, 224, 224)
-    maps = net.maps(video)
-    assert maps.shape == (1, 1024, steps + 1, 7, 7)
-    pooled = net.features(video, layer="pool1024")
-    assert pooled.shape == (1, 1024)
-    kernel, bias = net.logits.conv3d.weight.flatten(1), net.logits.conv3d.bias
-    assert bias is not None
-    torch.testing.assert_close(pooled @ kernel.T + bias, net(video), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(("frames", "steps"), [(8, 0), (9, 1), (16, 1), (17, 2), (24, 2), (25, 3), (32, 3), (128, 15)])
+def test_steps_of_time(net: I3D, frames: int, steps: int) -> None:
+    """The last pool, which takes two at a time, makes n + 1 into n."""
+    assert net.maps(pixels(1, 3, frames, 32, 32)).shape == (1, 1024, steps + 1, 1, 1)
+
+
+def test_the_other_layer_is_what_logits_are_made_of(net: I3D, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = pixels(2, 1024, 3, 7, 7, seed=1).abs()
+    monkeypatch.setattr(net, "maps", lambda video: maps)
+    pooled = net.features(torch.zeros(2, 3, 17, 224, 224), layer="pool1024")
+    expected = maps.mean((3, 4)).unfold(2, 2, 1).mean((2, 3))
+    torch.testing.assert_close(pooled, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -290,11 +294,19 @@ class Bomb:
 
 
 def test_no_pickle_is_run_and_what_is_no_file_is_named(files: dict[str, Path], tmp_path: Path) -> None:
-    bomb, cut, script, missing = (tmp_path / f"i3d_torchscript{i}.pt" for i in range(4))
+    bomb, cut, script, shell, missing = (tmp_path / f"i3d_torchscript{i}.pt" for i in range(5))
     torch.save({"Conv3d_1a_7x7.conv3d.weight": Bomb()}, bomb)
     cut.write_bytes(files["i3d_torchscript.pt"].read_bytes()[:1000])
     torch.jit.script(Named({"a.b": torch.zeros(1)})).save(str(script))
-    for path, reason in ((bomb, "pickle"), (cut, "cannot be read"), (script, "is no I3D"), (missing, "does not exist")):
+    with zipfile.ZipFile(shell, "w") as archive:
+        archive.writestr("i3d/constants.pkl", b"no constants")
+    for path, reason in (
+        (bomb, "pickle"),
+        (cut, "cannot be read"),
+        (script, "is no I3D"),
+        (shell, "cannot be read as TorchScript"),
+        (missing, "does not exist"),
+    ):
         with pytest.raises(UserError, match=reason) as error:
             load_i3d(path)
         assert str(path) in str(error.value)
