@@ -73,19 +73,12 @@ def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = True) -> float:
 def frechet_from_moments(a: Moments, b: Moments, *, unbiased: bool = True) -> float:
     """`frechet_distance` where features are no longer there, such as of a reference whose moments were kept.
 
-    By the square root of one covariance, so it rounds more than from features: 1e-8 of 700, rather than nothing.
+    By the square roots of both covariances, to about as many digits. Raises UserError for fewer than 2 features or what
+    is no covariance, ValueError where the two differ in width.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"moments of {len(a.mean)} and of {len(b.mean)} features have no distance")
-    cov_a, cov_b = a.covariance(unbiased=unbiased), b.covariance(unbiased=unbiased)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0.0).sqrt() @ vectors.T
-    product = root @ cov_b @ root
-    values = torch.linalg.eigvalsh((product + product.T) / 2.0)
-    # What a singular covariance leaves as rounding would count as its square root: 1e-16 as 1e-8, hundreds of times.
-    least = len(values) * torch.finfo(torch.float64).eps * values.max()
-    cross = values.where(values >= least, 0.0).sqrt().sum().item()
-    return _assembled(a.mean - b.mean, cov_a.trace().item() + cov_b.trace().item(), cross)
+    return _between(_spread_of_moments(a, unbiased=unbiased), _spread_of_moments(b, unbiased=unbiased))
 
 
 def frechet_infinity(
@@ -128,8 +121,8 @@ def kernel_distance(x: Tensor, y: Tensor, *, unbiased: bool = True) -> float:
     """
     _same_width(x, y)
     x, y = _checked(x), _checked(y)
-    across = _kernel(x, y).sum().item() / (len(x) * len(y))
-    value = _self_similarity(x, unbiased=unbiased) + _self_similarity(y, unbiased=unbiased) - 2.0 * across
+    within = _self_similarity(x, unbiased=unbiased) + _self_similarity(y, unbiased=unbiased)
+    value = within - 2.0 * _kernel(x, y).sum().item() / (len(x) * len(y))
     if not math.isfinite(value):
         raise Failure("the kernel distance is not finite: features are too large to be cubed")
     return value
@@ -142,7 +135,7 @@ def enough_clips(*counts: int, num_features: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Spread:
-    """mean (D,), and root (min(N, D), D) with root^T root = covariance."""
+    """mean (D,), and root (min(N, D) or D, D) with root^T root = covariance."""
 
     mean: Tensor
     root: Tensor
@@ -156,16 +149,27 @@ def _spread(features: Tensor, *, unbiased: bool) -> _Spread:
     return _Spread(mean, root if N <= D else torch.linalg.qr(root, mode="r").R)
 
 
+def _spread_of_moments(moments: Moments, *, unbiased: bool) -> _Spread:
+    values, vectors = torch.linalg.eigh(moments.covariance(unbiased=unbiased))
+    largest = values.abs().max()
+    if values.min() < -1e-6 * largest:
+        raise UserError(
+            "moments hold a negative variance, so they are of no features; compute them anew from the clips"
+        )
+    # What is rounding in a singular covariance would count as its square root: 1e-16 as 1e-8, hundreds of times.
+    least = len(values) * torch.finfo(torch.float64).eps * largest
+    return _Spread(moments.mean, (vectors * values.where(values >= least, 0.0).sqrt()).T)
+
+
 def _between(a: _Spread, b: _Spread) -> float:
-    # tr (Sa Sb)^(1/2) is the sum of the singular values of root_a root_b^T: no square root of what rounding left over.
+    traces = (a.root.square().sum() + b.root.square().sum()).item()
+    if not math.isfinite(traces):
+        raise Failure("the Frechet distance is not finite: features are too large to be squared")
+    # tr (Sa Sb)^(1/2) is the sum of the singular values of root_a root_b^T. The product of covariances, whose root is
+    # the usual way, has lost half of the digits of all that is small.
     cross = torch.linalg.svdvals(a.root @ b.root.T).sum().item()
-    return _assembled(a.mean - b.mean, (a.root.square().sum() + b.root.square().sum()).item(), cross)
-
-
-def _assembled(apart: Tensor, traces: float, cross: float) -> float:
-    """The distance of its terms; what rounding took below 0 is 0, what is further below is no distance."""
-    value = apart.square().sum().item() + traces - 2.0 * cross
-    if not value >= -1e-6 * traces:  # NaN is not either
+    value = (a.mean - b.mean).square().sum().item() + traces - 2.0 * cross
+    if not value >= -1e-6 * traces:  # below that it is not rounding, and NaN is nothing at all
         raise Failure(f"the Frechet distance came out as {value:g}, which cannot be; look at the features")
     return max(value, 0.0)
 

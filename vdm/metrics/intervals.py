@@ -36,11 +36,12 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     z2 = Z95**2
     middle = successes + z2 / 2.0
     half = Z95 * math.sqrt(successes * (n - successes) / max(n, 1) + z2 / 4.0)
-    return max((middle - half) / (n + z2), 0.0), min((middle + half) / (n + z2), 1.0)
+    low, high = (middle - half) / (n + z2), (middle + half) / (n + z2)
+    return low if successes > 0 else 0.0, high if successes < n else 1.0  # exactly, whatever the root is rounded to
 
 
 def bootstrap_mean(
-    values: Tensor | Sequence[float], groups: Sequence[Hashable], *, seed: int, draws: int = 2000
+    values: Tensor | Sequence[float], groups: Tensor | Sequence[Hashable], *, seed: int, draws: int = 2000
 ) -> tuple[float, float]:
     """The 95 % interval (low, high) of the mean of values (N,), by percentiles of a bootstrap over groups.
 
@@ -98,13 +99,15 @@ def paired_difference(
     return PairedDifference(math.fsum(differences) / len(pairs), low, high, len(pairs), num_unpaired)
 
 
-def _per_group(values: Tensor | Sequence[float], groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def _per_group(values: Tensor | Sequence[float], groups: Tensor | Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """(sums, counts) of each group, in the order of labels; exact sums, so that the order within one is nothing."""
     numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     if numbers.ndim != 1 or len(numbers) != len(groups):
         raise ValueError(f"values and groups are (N,), not {tuple(numbers.shape)} and ({len(groups)},)")
     if not numbers.isfinite().all():
         raise UserError("the values of some clips are NaN or infinite; leave those clips out")
+    if isinstance(groups, Tensor):
+        groups = groups.tolist()  # a tensor is no label: each is equal to itself alone
     members: dict[Hashable, list[float]] = {}
     for value, group in zip(numbers.tolist(), groups, strict=True):
         members.setdefault(group, []).append(value)
