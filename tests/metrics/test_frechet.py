@@ -117,6 +117,13 @@ def test_a_set_is_at_no_distance_from_itself(distance: Distance, n: int) -> None
     assert distance(x, x + 1.0) == pytest.approx(64.0, rel=1e-9)
 
 
+@pytest.mark.parametrize(("n", "m"), [(32, 192), (192, 32), (32, 32), (192, 192)])
+def test_moments_are_as_good_as_features(n: int, m: int) -> None:
+    """Where one covariance is singular and the other is not, what is left over of the first would be multiplied."""
+    x, y = clouds(0, n=n, m=m, D=64)
+    assert from_moments(x, y) == pytest.approx(frechet_distance(x, y), abs=1e-9)
+
+
 def test_kernel_distance_by_hand() -> None:
     x = torch.eye(2)
     assert kernel_distance(x, 2 * x) == pytest.approx(-7.0, abs=1e-14)
@@ -156,16 +163,19 @@ def test_for_endless_sets_the_bias_is_gone(num_reference: int) -> None:
     assert abs(np.mean(endless) - 1) < 0.5 * (np.mean(finite) - 1)
 
 
-def test_the_line_is_drawn_over_one_by_n() -> None:
+def test_of_what_does_not_depend_on_n_the_line_is_level() -> None:
     point, y = torch.zeros(300, 1), torch.linspace(-1, 1, 40)[:, None]
     variance = y.double().var(correction=0).item()
-    assert frechet_infinity(point, y, seed=0, unbiased=False) == pytest.approx(variance, abs=1e-12), "no slope"
+    assert frechet_infinity(point, y, seed=0, unbiased=False) == pytest.approx(variance, abs=1e-12)
 
-    x, y = normal(400, 4, seed=0), normal(400, 4, seed=1)
-    sizes, draws = np.linspace(100, 400, 15).round(), seeded(3)
+
+@pytest.mark.parametrize(("N", "D", "least"), [(400, 4, 100), (60, 16, 32)])
+def test_the_line_is_fitted_to_means_of_subsets(N: int, D: int, least: int) -> None:
+    x, y = normal(N, D, seed=0), normal(N, D, seed=1)
+    sizes, draws = np.linspace(least, N, 15).round(), seeded(3)
 
     def distance(n: int) -> float:
-        a, b = (torch.randperm(400, generator=draws)[:n] for _ in range(2))
+        a, b = (torch.randperm(N, generator=draws)[:n] for _ in range(2))
         return frechet_distance(x[a], y[b])
 
     means = [np.mean([distance(int(n)) for _ in range(2)]) for n in sizes]

@@ -218,6 +218,15 @@ def test_pairing_shows_a_difference_that_clips_hide() -> None:
     assert paired_difference(backwards, second, seed=0) == found
 
 
+def test_seeds_of_one_prompt_are_kept_together() -> None:
+    wins = np.random.default_rng(0).normal(size=30)
+    once = {(f"prompt {number:02d}", 0): wins[number] for number in range(30)}
+    often = {(prompt, seed): value for (prompt, _), value in once.items() for seed in range(4)}
+    expected = paired_difference(once, dict.fromkeys(once, 0.0), seed=0)
+    found = paired_difference(often, dict.fromkeys(often, 0.0), seed=0)
+    assert found == (*(pytest.approx(value, abs=1e-12) for value in expected[:3]), 120, 0)
+
+
 def test_runs_that_cannot_be_compared() -> None:
     for second in ({}, {("b", 0): 1.0}, {("a", 0): 1.0, ("a", 1): 2.0}):
         with pytest.raises(UserError, match="generate both with the same prompts and seeds"):

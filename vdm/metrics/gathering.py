@@ -18,7 +18,7 @@ def gather_by_id(ids: Sequence[str], features: Tensor) -> tuple[list[str], Tenso
     Give each clip to one process, as ids[rank::world] does. All processes must call it; one alone may too.
     Raises as `merge_by_id`, in all processes alike.
     """
-    mine: Share = (list(ids), features.detach().cpu())
+    mine: Share = (list(ids), features.detach().cpu().clone())  # of a view, all that it looks at would be sent
     if not (process_group.is_available() and process_group.is_initialized()):
         return merge_by_id([mine])
     shares: list[Share] = [mine] * process_group.get_world_size()

@@ -27,7 +27,7 @@ class PairedDifference(NamedTuple):
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % interval (low, high) of a share (Wilson 1927, eq. 2-3); of no trials, all of 0 to 1.
+    """The 95 % interval (low, high) of a share (Wilson 1927); of no trials, all of 0 to 1.
 
     `successes` of n may be a fraction, where ties give credit in part. Raises ValueError outside 0 to n.
     """
@@ -65,9 +65,9 @@ def bootstrap_mean(
 def jackknife(statistic: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, *, blocks: int = 16) -> float:
     """The standard error of statistic(x (N, ...), y (M, ...)), both sets being samples: a block left out at a time.
 
-    Kuensch 1989, eq. 2.4, for each side while the other is whole, variances added: 2 `blocks` evaluations. A bias that
-    all evaluations share, as that of a Frechet distance, does not count. Blocks are contiguous, so rows that belong
-    together, such as the clips of one prompt, should be neighbours, and rows must not be sorted by class.
+    Efron and Tibshirani 1993, ch. 11, for each side while the other is whole, variances added: 2 `blocks` evaluations.
+    A bias that all of them share, as that of a Frechet distance, does not count. Blocks are contiguous, so rows that
+    belong together, such as the clips of one prompt, should be neighbours, and rows must not be sorted by class.
     Raises UserError for fewer rows than blocks.
     """
     if not 2 <= blocks <= min(len(x), len(y)):
