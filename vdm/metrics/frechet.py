@@ -215,5 +215,8 @@ def _checked(features: Tensor) -> Tensor:
     features = features.detach().to("cpu", torch.float64)
     bad = (~features.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
-        raise UserError(f"the features of {len(bad)} clips, first row {bad[0]}, hold NaN or infinity; leave them out")
+        raise UserError(
+            f"features hold NaN or infinity in {len(bad)} of {len(features)} rows, the first of which is {bad[0]}; "
+            "look at those clips, and at the weights that made the features"
+        )
     return features
