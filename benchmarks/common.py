@@ -46,13 +46,6 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-def wilson(right: int, clips: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    z2 = 1.96**2
-    middle, half = right + z2 / 2, 1.96 * (right * (clips - right) / clips + z2 / 4) ** 0.5
-    return (middle - half) / (clips + z2), (middle + half) / (clips + z2)
-
-
 def write_json(path: Path, record: dict[str, object]) -> None:
     """A path is written as its text. Raises `UserError` where the file cannot be written."""
     try:

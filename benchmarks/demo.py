@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import environment, wilson, write_json
+from benchmarks.common import environment, write_json
 from vdm.checkpoint import CONFIG, MANIFEST, verify
 from vdm.cli import Parser, run
 from vdm.components import SHIPPED
@@ -36,6 +36,7 @@ from vdm.data.settings import DataConfig
 from vdm.data.video import to_float, to_video
 from vdm.errors import UserError
 from vdm.generate import pick_device
+from vdm.metrics.intervals import wilson
 from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, BACKGROUND_MAX_SATURATION, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
 

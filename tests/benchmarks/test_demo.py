@@ -16,7 +16,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import demo
-from benchmarks.common import wilson
 from vdm.cli import run
 from vdm.components import build_components
 from vdm.config import load
@@ -124,11 +123,6 @@ def test_prompts_are_captions_of_mini_something() -> None:
         assert "[" not in prompt.text and all(colour in prompt.text for colour in prompt.colours)
         assert len(set(prompt.colours)) == (2 if prompt.action in ("move_closer", "move_apart") else 1)
         assert ("white cloth" in prompt.text) == (prompt.action == "cover")
-
-
-def test_interval_by_wilson() -> None:
-    assert wilson(52, 60) == pytest.approx((0.758, 0.931), abs=1e-3)
-    assert wilson(0, 10) == pytest.approx((0, 0.278), abs=1e-3)
 
 
 @pytest.fixture(scope="module")
