@@ -126,8 +126,8 @@ def _choose(path: Path, weights: Weights, model: str | None) -> str:
     if not fitting:
         raise UserError(f"{path} holds a CLIP of a size that open_clip has no model of; give {GOOD_FILES}")
     raise UserError(
-        f"{path} fits {' and '.join(fitting)}, which differ in their activation, and does not say which it is: name the "
-        f"model, or call the file {_DESCRIBED[0]} and put the open_clip_config.json that it was published with beside it"
+        f"{path} fits {' and '.join(fitting)}, which differ in their activation, and does not say which; name the "
+        f"model, or call the file {_DESCRIBED[0]} and put the open_clip_config.json of its makers beside it"
     )
 
 

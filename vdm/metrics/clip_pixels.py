@@ -45,9 +45,9 @@ def clip_pixels(
 
 def torch_bicubic(frames: Tensor, *, height: int, width: int) -> Tensor:
     """frames uint8 (..., H, W) -> uint8 (..., height, width): bicubic with a = -3/4 and no antialiasing."""
-    flat = frames.flatten(0, -4) if frames.dim() > 4 else frames
-    resized = F.interpolate(flat.float(), size=(height, width), mode="bicubic", align_corners=False)
-    return resized.clamp(0, 255).round().to(torch.uint8).unflatten(0, frames.shape[:-3])
+    single = frames.flatten(0, -3)[:, None].float()  # (n, 1, H, W)
+    resized = F.interpolate(single, size=(height, width), mode="bicubic", align_corners=False)
+    return resized.clamp(0, 255).round().to(torch.uint8)[:, 0].unflatten(0, frames.shape[:-2])
 
 
 def short_side(height: int, width: int, size: int) -> tuple[int, int]:

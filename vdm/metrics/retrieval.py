@@ -16,6 +16,7 @@ import heapq
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ _SLOT = re.compile(r"\[[^\[\]]*\]")
 
 @dataclass(frozen=True)
 class Caption:
-    """A clip's id and prompt; `template` is Something-Something's label with its slots, `objects` is what fills them."""
+    """A clip's id and prompt; `template` is Something-Something's label with its slots, `objects` fill them."""
 
     id: str
     text: str
@@ -52,6 +53,7 @@ def fill_template(template: str, objects: Sequence[str]) -> str:
     return _SLOT.sub(lambda _: next(fillers), template).lower()
 
 
+@lru_cache(maxsize=1 << 16)  # each clip looks at every prompt of the pool
 def normalised(text: str) -> str:
     """What two prompts must differ in: lower case, no brackets, single spaces, no full stop."""
     return " ".join(re.sub(r"[\[\]]", "", text).lower().split()).rstrip(" .")
@@ -60,14 +62,15 @@ def normalised(text: str) -> str:
 # Candidate sets
 
 
-def rp100(caption: Caption, pool: Iterable[Caption], *, seed: int, num: int = 99) -> list[str]:
+def rp100(caption: Caption, pool: Sequence[Caption], *, seed: int, num: int = 99) -> list[str]:
     """The caption's own prompt, then `num` of other templates, drawn without replacement. Chance is 1 %.
 
-    No candidate is of the caption's own template (such a prompt may be true of the clip as well), and no two of them are
-    the same text. Raises UserError where the pool has too few.
+    No candidate is of the caption's own template (such a prompt may be true of the clip as well), and no two are the
+    same text. Raises UserError where the pool has too few.
     """
     own = normalised(caption.template)
-    others = _distinct((c.text for c in pool if normalised(c.template) != own), but=caption.text)
+    also_true = [c.text for c in pool if normalised(c.template) == own]
+    others = _distinct((c.text for c in pool if normalised(c.template) != own), but=[caption.text, *also_true])
     if len(others) < num:
         raise UserError(
             f"R-precision of {caption.id} needs {num} prompts of other templates, and there are {len(others)}; "
@@ -80,14 +83,14 @@ def rp_action(caption: Caption, *, templates: Iterable[str] = SSV2_TEMPLATES) ->
     """The caption's template, then all others with as many slots, each filled with the caption's objects."""
     own = fill_template(caption.template, caption.objects)
     fitting = (t for t in templates if num_slots(t) == len(caption.objects))
-    return [own, *_distinct((fill_template(t, caption.objects) for t in fitting), but=own)]
+    return [own, *_distinct((fill_template(t, caption.objects) for t in fitting), but=[own])]
 
 
 def rp_object(caption: Caption, pool: Iterable[Caption], *, seed: int, num: int = 99) -> list[str]:
     """The caption's template with its objects, then with those of up to `num` other captions, drawn from the pool."""
     own = fill_template(caption.template, caption.objects)
     fitting = (c.objects for c in pool if len(c.objects) == len(caption.objects))
-    others = _distinct((fill_template(caption.template, objects) for objects in fitting), but=own)
+    others = _distinct((fill_template(caption.template, objects) for objects in fitting), but=[own])
     return [own, *_draw(others, num, seed=seed, key=caption.id)]
 
 
@@ -102,13 +105,14 @@ def rp_pair(caption: Caption, *, pairs: Iterable[tuple[str, str]] = PAIRS) -> li
     return [[fill_template(t, caption.objects) for t in (caption.template, partner)] for partner in sorted(partners)]
 
 
-def _distinct(texts: Iterable[str], *, but: str) -> list[str]:
-    """One spelling of each text, in no order that matters, without those that say the same as `but`."""
+def _distinct(texts: Iterable[str], *, but: Iterable[str]) -> list[str]:
+    """One spelling of each text, in no order that matters, without those of `but`."""
     found: dict[str, str] = {}
     for text in texts:
         key = normalised(text)
         found[key] = min(found.get(key, text), text)
-    found.pop(normalised(but), None)
+    for text in but:
+        found.pop(normalised(text), None)
     return list(found.values())
 
 
@@ -138,8 +142,11 @@ def similarities(
     distinct = sorted({text for row in candidates for text in row})
     place = {text: index for index, text in enumerate(distinct)}
     features = texts(distinct).double()  # (U, D)
-    means = frames.double().mean(1)  # (B, D); the mean of cosines is the cosine with the mean, but for its length
-    return [features[[place[text] for text in row]] @ mean for row, mean in zip(candidates, means, strict=True)]
+    means = frames.double().mean(1)  # (B, D); the mean of the cosines is the product with the mean frame
+    # Not a matrix product, which may round equal rows differently: ties must stay ties.
+    return [
+        (features[[place[text] for text in row]] * mean).sum(-1) for row, mean in zip(candidates, means, strict=True)
+    ]
 
 
 def expected_credit(scores: Tensor, *, at: int) -> float:

@@ -27,7 +27,7 @@ REVERSED = (
     ("Putting [something] into [something]", "Taking [something] out of [something]"),
     ("Burying [something] in [something]", "Digging [something] out of [something]"),
 )
-# What is done, and what is only pretended or fails: the groups of two that the authors of the data set call contrastive.
+# What is done, and what is only pretended or fails: from the groups that the data set's authors call contrastive.
 PRETENDED = (
     ("Wiping [something] off of [something]", "Pretending or failing to wipe [something] off of [something]"),
     ("Closing [something]", "Pretending to close [something] without actually closing it"),
