@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -25,6 +25,7 @@ def by_pillow(image: Tensor, *, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(wide.resize((width, height), Image.Resampling.BICUBIC)))
 
 
+@settings(max_examples=50)
 @given(height=side, width=side, new_height=side, new_width=side)
 def test_equals_pillow_to_the_bit(height: int, width: int, new_height: int, new_width: int) -> None:
     image = noise(height, width, 3)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -78,6 +78,7 @@ def test_the_same_template_and_the_same_string_are_left_out() -> None:
         rp100(PUSH, [twin, bare, also, good, PUSH], seed=0, num=2)
 
 
+@settings(max_examples=25)
 @given(order=st.permutations(range(60)), seed=st.integers(0, 9), world=st.integers(1, 4))
 def test_sets_depend_neither_on_order_nor_on_rank(order: list[int], seed: int, world: int) -> None:
     pool, shuffled = POOL[:60], [POOL[index] for index in order]
@@ -93,8 +94,11 @@ def test_seed_and_id_choose_the_set() -> None:
     assert len(sets) == 4
     again = rp100(PUSH, POOL, seed=0, num=3)
     assert again == rp100(PUSH, POOL, seed=0, num=3)
-    assert again[1:] == ["closing a book", "trying but failing to attach the lid to a pen because it doesn't stick",
-                         "pretending to spread air onto a red cup"], "the same for ever"  # fmt: skip
+    assert again[1:] == [
+        "pretending or failing to wipe a pen off of a green ball",
+        "pulling a book from left to right",
+        "tearing a book just a little bit",
+    ], "on every machine and in every version"
 
 
 def _rest(one: Caption) -> tuple[str, str, tuple[str, ...]]:
