@@ -21,7 +21,7 @@ def frames(height: int, width: int, *, num: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (240, 427), (101, 67), (224, 224), (225, 300)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (240, 427), (101, 67), (64, 65), (224, 224), (225, 300)])
 def test_equals_open_clip_to_the_bit(fit: str, height: int, width: int) -> None:
     clips = frames(height, width)
     transform = image_transform_v2(PreprocessCfg(size=224, resize_mode=OPEN_CLIP_NAMES[fit]), is_train=False)

@@ -105,6 +105,11 @@ def _rest(one: Caption) -> tuple[str, str, tuple[str, ...]]:
     return one.text, one.template, one.objects
 
 
+def test_of_two_spellings_the_same_one_is_taken_in_any_order() -> None:
+    pool = [Caption(text, text, "Holding [something]", ("a pen",)) for text in ("holding a pen", "Holding a  pen.")]
+    assert rp100(PUSH, pool, seed=0, num=1) == rp100(PUSH, pool[::-1], seed=0, num=1)
+
+
 def test_every_prompt_is_drawn_about_as_often() -> None:
     pool = [Caption(str(i), f"prompt {i}", "other") for i in range(20)]
     counts = dict.fromkeys((one.text for one in pool), 0)

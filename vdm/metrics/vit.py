@@ -23,7 +23,7 @@ _SHORT_SIDE = 224
 _AT_ONCE = 16  # frames that go through the network together
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -36,23 +36,25 @@ class _Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-class _Mlp(nn.Module):
-    def __init__(self, width: int):
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int):
+class Block(nn.Module):
+    """Tokens (B, L, width) -> the same; its norms reduce over the width."""
+
+    def __init__(self, width: int, *, heads: int, hidden: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width, heads)
+        self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = _Mlp(width)
+        self.mlp = Mlp(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -82,7 +84,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
         self.patch_embed = _Patches(width, patch)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads=heads, hidden=4 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
