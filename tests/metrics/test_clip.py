@@ -183,6 +183,8 @@ def wrong_files(folder: Path, gelu: Any) -> dict[str, tuple[Path, str]]:
     tiny.write_archive(folder / "i3d.pt", {"conv3d_1a_7x7.weight": torch.zeros(2)})
     tiny.write_archive(folder / "traced.pt", dict(state))
     torch.save(torch.zeros(3), folder / "tensor.pt")
+    cut = {name: tensor for name, tensor in tiny.openai_state(tiny.make(tiny.QUICK)).items() if name != "ln_final.bias"}
+    tiny.write_archive(folder / "cut.pt", cut)
     whole = tiny.write_archive(folder / "whole.pt", {"x": torch.zeros(9)}).read_bytes()
     (folder / "archive.pt").write_bytes(whole.replace(b"constants.pkl", b"constants.xyz"))
     (folder / "text.pt").write_text("no weights")
@@ -194,6 +196,7 @@ def wrong_files(folder: Path, gelu: Any) -> dict[str, tuple[Path, str]]:
         "unknown size": (folder / "odd.safetensors", "a size that open_clip has no model of"),
         "another archive": (folder / "i3d.pt", "not of OpenAI's CLIP"),
         "traced": (folder / "traced.pt", "not of OpenAI's CLIP"),
+        "incomplete archive": (folder / "cut.pt", "lacks a tensor"),
         "damaged archive": (folder / "archive.pt", "cannot be read as a TorchScript archive"),
         "no state": (folder / "tensor.pt", "holds a Tensor"),
         "no weights": (folder / "text.pt", "cannot be read"),

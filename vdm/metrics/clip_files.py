@@ -90,7 +90,12 @@ def _open_archive(path: Path, model: str | None) -> ClipNet:
         weights = Weights.of(tensors)
         _require_clip(path, weights)
         name = _choose(path, weights, model)
-        net = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        try:
+            net = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        except (RuntimeError, KeyError, TypeError) as error:  # TypeError is how open_clip trips over a name it misses
+            raise UserError(
+                f"{path} lacks a tensor of OpenAI's CLIP, or has one too many; download it again"
+            ) from error
     return ClipNet(net.eval(), name, quick_gelu=True)
 
 
