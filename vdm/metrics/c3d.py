@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
-from vdm.metrics.exact import full_precision
+from vdm.metrics.precision import full_precision
 from vdm.metrics.resize import as_uint8
 from vdm.metrics.torchscript import is_torchscript, load_torchscript
 from vdm.weights import sha256

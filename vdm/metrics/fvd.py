@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vdm.errors import UserError
-from vdm.metrics.exact import full_precision
 from vdm.metrics.i3d import I3D, MIN_FRAMES, SIZE, Layer
+from vdm.metrics.precision import full_precision
 from vdm.metrics.resize import Fit, Interp, as_uint8, resize
 
 EPS, EPS_OF_VIDEOGPT = 1e-3, 1e-5

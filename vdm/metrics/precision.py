@@ -18,7 +18,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False),
+            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False),
         ):
             yield
     finally:
