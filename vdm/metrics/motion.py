@@ -69,7 +69,7 @@ def measure_flows(clip: Tensor) -> Flows:
             f"optical flow needs frames of {LEAST_SIDE} pixels a side or more, not {W}x{H}; make them larger"
         )
     enlarged = 2 if min(H, W) < FULL_SIDE else 1
-    frames = np.array(clip.cpu(), order="C")  # a copy: the flows are those of the clip as it is now
+    frames = clip.cpu().numpy().copy()  # the flows are those of the clip as it is now
     if enlarged > 1:
         frames = np.stack([cv2.resize(frame, (2 * W, 2 * H), interpolation=cv2.INTER_LINEAR) for frame in frames])
     return Flows(frames, *_both_ways(frames), enlarged)
@@ -193,9 +193,9 @@ def _targets(flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inside(flow: np.ndarray) -> np.ndarray:
-    """Where a flow leads to a place within the frame, (H,W) bool."""
+    """Where a flow leads to a place within the frame, (H,W) bool; pixels are squares around whole numbers."""
     x, y = _targets(flow)
-    return (x >= 0) & (x <= flow.shape[1] - 1) & (y >= 0) & (y <= flow.shape[0] - 1)
+    return (x >= -0.5) & (x < flow.shape[1] - 0.5) & (y >= -0.5) & (y < flow.shape[0] - 0.5)
 
 
 def _warped(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
