@@ -8,7 +8,6 @@ vdm/metrics/toy.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence

