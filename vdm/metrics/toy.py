@@ -36,8 +36,9 @@ class Judged(NamedTuple):
 class ToyClassifier(nn.Module):
     """uint8 clips (B,T,64,64,3) -> `Judged`: convolutions of each frame alone, then of its features along time.
 
-    Trained on whole actions of 16 frames; any T is taken, but is judged worse the further it is from that. Nothing is averaged over positions, and over time only at
-    the end, so that left and right, before and after count. Norms are batch norms: each clip alone once in eval mode.
+    Trained on whole actions of 16 frames; any T is taken, but the further from that, the worse it judges. Nothing is
+    averaged over positions, and over time only at the end, so that left and right, before and after count. Norms are
+    batch norms: once in eval mode, each clip is judged alone.
     """
 
     def __init__(self) -> None:
