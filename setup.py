@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vdm", "vdm.*", "kernels", "kernels.*"]),
-    package_data={"vdm": ["assets/**"]},
+    package_data={"vdm": ["assets/**", "metrics/*.safetensors"]},
     install_requires=[
         "torch>=2.6",  # the first whose FSDP2 is public
         "open_clip_torch>=3.0",

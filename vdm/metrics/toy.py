@@ -19,7 +19,7 @@ from vdm.weights import fill, open_weights, sha256
 
 SIZE = 64  # pixels a side
 FEATURES = 128
-SHIPPED = Path(__file__).parents[1] / "assets" / "toy_classifier.safetensors"
+SHIPPED = Path(__file__).with_name("toy_classifier.safetensors")
 SHIPPED_SHA256 = "6967334925d2996f3e9da9334885edfd00a22a2c04be996162f2507dc468d17c"
 
 _STEM = ((3, 48, 7, 4), (48, 64, 3, 2), (64, 96, 3, 2))  # channels in and out, kernel, stride: 64 pixels to 4
