@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common import environment, wilson, write_json
+from benchmarks.common import environment, write_json
 from vdm.cli import Parser, run
 from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import render_clip
 from vdm.errors import UserError
+from vdm.metrics.intervals import wilson
 from vdm.metrics.toy import SHIPPED, SIZE, ToyClassifier, load_toy_classifier
 from vdm.vocabulary import ACTIONS
 from vdm.weights import Weights, sha256, write_safetensors
