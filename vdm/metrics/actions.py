@@ -183,8 +183,11 @@ def _lift(m: Motion, direction: str) -> str | None:
 
 def _looks(thing: Thing, frames: list[int], segments: Segments, hands: np.ndarray) -> np.ndarray:
     """Mean resemblance to each shape, upright and upside down, over these frames: (5,2)."""
-    masks = thing.track.masks
-    looks = [resemblance(masks[t], segments.value[t], hands[t] > 0) for t in frames]
+    masks, saturation, value = thing.track.masks, segments.saturation, segments.value
+    looks = [
+        resemblance(masks[t], saturation=saturation[t], value=value[t], hidden=hands[t] > 0)  # one frame
+        for t in frames
+    ]
     return np.mean(looks, axis=0)
 
 

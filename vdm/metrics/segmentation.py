@@ -30,7 +30,8 @@ class Segments:
     """A clip taken apart."""
 
     labels: np.ndarray  # uint8 (T,H,W): 0 nothing, 1 + i the i-th of NAMES, HAND, WHITE
-    value: np.ndarray  # uint8 (T,H,W): HSV's brightness
+    saturation: np.ndarray  # uint8 (T,H,W), as value: HSV's
+    value: np.ndarray
 
 
 def _table(ranges: Iterable[tuple[int, int, int]], *, margin: int) -> np.ndarray:
@@ -55,4 +56,4 @@ def segment(clip: np.ndarray) -> Segments:
     labels[(saturation <= WHITE_SATURATION) & (value >= WHITE_VALUE)] = WHITE
     things = cv2.LUT(hue, THINGS) * ((saturation >= OBJECT_SATURATION) & (value >= OBJECT_VALUE))
     labels = np.where(things > 0, things, labels)
-    return Segments(labels.reshape(frames, height, width), value.reshape(frames, height, width))
+    return Segments(*(plane.reshape(frames, height, width) for plane in (labels, saturation, value)))

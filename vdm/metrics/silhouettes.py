@@ -13,7 +13,9 @@ from vdm.vocabulary import SHAPES
 
 GRID = 16
 ASPECTS = {"ball": 1.0, "box": 1.16, "cup": 1.05, "bottle": 0.48, "book": 2.05}  # width over height
-ASPECT_WEIGHT, SHADE_WEIGHT = 0.1, 2.0  # against the share of cells that one of the two outlines lacks
+ASPECT_WEIGHT, SHADE_WEIGHT = 0.3, 4.0  # against the share of cells that one of the two outlines lacks
+CORE = 0.5  # of a patch's strongest colour; what has less is an edge that blur has widened
+SOFTNESS = 1.3  # cells: outlines are blurred a little, as pictures are
 
 Outline = list[tuple[float, float]]
 
@@ -70,7 +72,8 @@ def _draw(parts: list[tuple[Outline, float]], *, fine: int = 8) -> np.ndarray:
         cv2.fillPoly(planes[0], points, 255)
         cv2.fillPoly(planes[1], points, round(255 * brightness))
     small = [cv2.resize(plane, (GRID, GRID), interpolation=cv2.INTER_AREA) for plane in planes]
-    return np.stack(small).astype(np.float32) / 255
+    soft = [cv2.GaussianBlur(plane, (0, 0), SOFTNESS, borderType=cv2.BORDER_CONSTANT) for plane in small]
+    return np.stack(soft).astype(np.float32) / 255
 
 
 def _views(parts: list[tuple[Outline, float]]) -> np.ndarray:
@@ -80,28 +83,36 @@ def _views(parts: list[tuple[Outline, float]]) -> np.ndarray:
     return np.stack([sides, sides[..., ::-1, :]])
 
 
-VIEWS = np.stack([_views(PARTS[shape]) for shape in SHAPES])  # (5, 2, 2, 2, GRID, GRID)
-_LOG_ASPECTS = np.log([ASPECTS[shape] for shape in SHAPES])
+COVERS, LIGHTS = np.moveaxis(np.stack([_views(PARTS[shape]) for shape in SHAPES]), 3, 0)  # (5, 2, 2, GRID, GRID)
+LOG_ASPECTS = np.log([ASPECTS[shape] for shape in SHAPES])
 
 
-def resemblance(mask: np.ndarray, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+def resemblance(mask: np.ndarray, *, saturation: np.ndarray, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """How much a patch looks like each of SHAPES, upright and upside down: float (5,2), at most 0, higher is liker.
 
-    mask (H,W) bool, value uint8 (H,W); `hidden` (H,W) bool are pixels of a hand, behind which anything may be.
+    mask (H,W) bool; HSV's saturation and value, uint8 (H,W); `hidden` (H,W) bool are pixels of a hand, behind which
+    anything may be. Shading is compared in its pattern, for blur takes away contrast.
     """
+    mask = _core(mask, saturation.astype(np.float32) * value)
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     part = np.s_[y : y + height, x : x + width]
     own = mask[part].astype(np.float32)
     planes = np.stack([own, own * value[part], 1 - hidden[part].astype(np.float32)], axis=-1)
-    cover, light, open_ = np.moveaxis(cv2.resize(planes, (GRID, GRID), interpolation=cv2.INTER_AREA), -1, 0)
-    covers, lights = VIEWS[..., 0, :, :], VIEWS[..., 1, :, :]
+    cover, light, bare = np.moveaxis(cv2.resize(planes, (GRID, GRID), interpolation=cv2.INTER_AREA), -1, 0)
 
     def mean(cells: np.ndarray) -> np.ndarray:
-        return (cells * open_).sum(axis=(-2, -1)) / (open_.sum() + 1e-6)
+        average: np.ndarray = (cells * bare).sum(axis=(-2, -1), keepdims=True) / (bare.sum() + 1e-6)
+        return average
 
-    light = light * mean(cover) / (mean(light) + 1e-6)  # relative to the mean of what is seen of it
-    lights = lights * (mean(covers) / (mean(lights) + 1e-6))[..., None, None]
-    unlike = mean(np.abs(cover - covers)) + SHADE_WEIGHT * mean(np.abs(light - lights))
-    aspect = np.abs(np.log(width / height) - _LOG_ASPECTS)
-    likeness: np.ndarray = -unlike.min(axis=-1) - ASPECT_WEIGHT * aspect[:, None]
+    shade = light * mean(cover) / (mean(light) + 1e-6) - cover
+    shades = LIGHTS * mean(COVERS) / (mean(LIGHTS) + 1e-6) - COVERS
+    contrast = np.clip(mean(shade * shades) / (mean(shades**2) + 1e-6), 0, 1)
+    unlike = mean(np.abs(cover - COVERS)) + SHADE_WEIGHT * mean(np.abs(shade - contrast * shades))
+    aspect = np.abs(np.log(width / height) - LOG_ASPECTS)
+    likeness: np.ndarray = -unlike[..., 0, 0].min(axis=-1) - ASPECT_WEIGHT * aspect[:, None]
     return likeness
+
+
+def _core(mask: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    core: np.ndarray = mask & (chroma >= CORE * np.percentile(chroma[mask], 90))
+    return core

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from vdm.metrics.segmentation import HAND, WHITE
+from vdm.metrics.segmentation import HAND, NAMES, WHITE
 
 LEAST_AREA = 0.003  # of the frame; a smaller patch is no thing
+PIECE, NEAR = 0.15, 0.25  # pieces of a thing that fingers divide: so large beside its largest, and so near to it
+RIM = 0.06  # of the shorter side: so far from a thing of a hue next to skin's, blur makes what looks like skin
 TOUCH = 0.05  # a larger gap is none
+
+NEXT_TO_SKIN = [1 + NAMES.index("red"), 1 + NAMES.index("yellow")]
 
 
 @dataclass(frozen=True)
 class Track:
-    """One colour's largest patch in every frame."""
+    """One colour's largest patch in every frame, with what belongs to it."""
 
     label: int
     masks: np.ndarray  # (T,H,W) bool
@@ -81,8 +85,13 @@ def follow(labels: np.ndarray, label: int) -> Track:
         if largest < least:
             masks[t] = False
             continue
-        masks[t] &= parts == best
-        area[t], at[t] = largest / (height * width), (centres[best] + 0.5) / (width, height)
+        own = stats[:, cv2.CC_STAT_AREA] >= PIECE * largest
+        own[0] = False
+        own &= np.abs(centres - centres[best]).max(axis=1) < NEAR * min(height, width)
+        masks[t] &= own[parts]
+        sizes = stats[own, cv2.CC_STAT_AREA]
+        area[t] = sizes.sum() / (height * width)
+        at[t] = (sizes @ centres[own] / sizes.sum() + 0.5) / (width, height)
     return Track(label, masks, area, at)
 
 
@@ -90,11 +99,15 @@ def find_hands(labels: np.ndarray) -> np.ndarray:
     """Number the hands of each frame from 1 on, int32 (T,H,W); specks and thin rims of other things are none."""
     frames, height, width = labels.shape
     side = 3 if min(height, width) < 96 else 5
+    around = np.ones((2 * round(RIM * min(height, width)) + 1,) * 2, np.uint8)
     hands, least = np.zeros(labels.shape, np.int32), LEAST_AREA * height * width
     for t in range(frames):
         mask = cv2.morphologyEx((labels[t] == HAND).astype(np.uint8), cv2.MORPH_OPEN, np.ones((side, side), np.uint8))
-        number, parts, stats, _ = cv2.connectedComponentsWithStats(mask)
-        numbers = np.where(stats[:, cv2.CC_STAT_AREA] >= least, np.arange(number), 0).astype(np.int32)
+        number, parts = cv2.connectedComponents(mask)
+        rim = cv2.dilate(np.isin(labels[t], NEXT_TO_SKIN).astype(np.uint8), around)
+        sizes = np.bincount(parts[rim == 0], minlength=number)
+        numbers = np.where(sizes >= least, np.arange(number), 0).astype(np.int32)
+        numbers[0] = 0
         hands[t] = numbers[parts]
     return hands
 
