@@ -13,11 +13,12 @@ import numpy as np
 
 from vdm.metrics.segmentation import NAMES, Segments, segment
 from vdm.metrics.silhouettes import resemblance
-from vdm.metrics.trajectories import Grasp, Motion, Track, eighth, find_hands, follow, grasp, measure
+from vdm.metrics.trajectories import LEAST_AREA, TOUCH, Grasp, Motion, Track, eighth, find_hands, follow, grasp, measure
 from vdm.vocabulary import SHAPES, SHAPES_WITH_A_TOP
 
 RULES_VERSION = 1
 
+THING_AREA = 0.01  # of the frame, where it looks largest
 STEP = 0.12  # of the frame: the least way that counts
 TOGETHER_STEP = 0.06  # the same for each of two things
 THROW = 0.2  # the least height
@@ -79,10 +80,13 @@ def judge(clip: np.ndarray) -> Verdict:
 def _find_things(segments: Segments, hands: np.ndarray) -> list[Thing]:
     """Whatever is there in at least half of the first third of the frames, what is most acted on first."""
     start = max(1, round(len(hands) / 3))
+    pixels = np.bincount(segments.labels[:start].ravel(), minlength=1 + len(NAMES))
     things = []
     for label in range(1, 1 + len(NAMES)):
+        if pixels[label] < 0.5 * LEAST_AREA * segments.labels[:start].size:
+            continue
         track = follow(segments.labels, label)
-        if track.seen[:start].mean() >= 0.5:
+        if track.seen[:start].mean() >= 0.5 and track.area.max() >= THING_AREA:
             near = grasp(track, hands)
             things.append(Thing(track, near, measure(track, near, segments.labels)))
     return sorted(things, key=lambda thing: -thing.motion.activity)
@@ -130,7 +134,7 @@ def _direction(m: Motion) -> str | None:
 
 def _straight(m: Motion, axis: int, net: float) -> bool:
     """Whether it went there and not to and fro: frames out of order do not show a motion."""
-    return m.detours[axis] <= 0.5 * abs(net) + 0.04
+    return m.detours[axis] <= 0.7 * abs(net) + 0.04
 
 
 def _act(thing: Thing, segments: Segments, hands: np.ndarray) -> str | None:
@@ -147,7 +151,8 @@ def _act(thing: Thing, segments: Segments, hands: np.ndarray) -> str | None:
         return _lift(m, direction)
     if m.rise >= THROW:
         once = m.way_up_and_down <= 2.6 * m.rise + 0.04
-        return "throw_and_catch" if once and m.contact < 0.7 and m.held >= 0.15 and not m.released else None
+        thrown = m.top_gap >= 0.1 and not (m.first_gap >= 0.16 or m.last_gap >= 0.16)  # it may hide the hand
+        return "throw_and_catch" if once and thrown else None
     if m.held < TOUCHED:
         return None
     if _turned(thing, segments, hands):
@@ -173,9 +178,10 @@ def _slide(m: Motion, direction: str) -> str | None:
 def _lift(m: Motion, direction: str) -> str | None:
     if m.contact < TOUCHED or not _straight(m, 1, m.up):
         return None
+    released = not m.last_gap < TOUCH  # there may be no hand
     if direction == "up":
-        return None if m.released else "pick_up"
-    return "put_on_surface" if m.released else "move_down"
+        return None if released else "pick_up"
+    return "put_on_surface" if released else "move_down"
 
 
 # ---- looks ----

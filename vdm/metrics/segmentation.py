@@ -22,7 +22,7 @@ HUE_MARGIN = 3
 OBJECT_SATURATION, OBJECT_VALUE = 112, 45
 HAND_SATURATION, HAND_VALUE = (HAND_SATURATIONS[0] + 8, HAND_SATURATIONS[1] + 8), 60  # warm tables come up to its 50
 WHITE_SATURATION, WHITE_VALUE = 45, 180
-BLUR = 0.6  # pixels, against noise
+BLUR = 0.9  # pixels, against noise
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from vdm.metrics.segmentation import HAND, NAMES, WHITE
 LEAST_AREA = 0.003  # of the frame; a smaller patch is no thing
 PIECE, NEAR = 0.15, 0.25  # pieces of a thing that fingers divide: so large beside its largest, and so near to it
 RIM = 0.06  # of the shorter side: so far from a thing of a hue next to skin's, blur makes what looks like skin
-TOUCH = 0.05  # a larger gap is none
+TOUCH = 0.08  # a larger gap is none
 
-NEXT_TO_SKIN = [1 + NAMES.index("red"), 1 + NAMES.index("yellow")]
+SQUARE = np.ones((3, 3), np.uint8)
+NEXT_TO_SKIN = np.isin(np.arange(256), [1 + NAMES.index("red"), 1 + NAMES.index("yellow")]).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Motion:
     contact: float  # share of the frames in which it moves (or of all, if it does not) that a hand touches it
     held: float  # share of all frames that a hand touches it
     hand_ahead: float  # of its middle, in the direction of `right`; negative: the hand is behind
-    released: bool  # no hand at it at the end
     gone: bool  # for good, before the end
-    last_gap: float  # between it and a hand when it was last seen
+    first_gap: float  # between it and a hand when it was first seen; NaN without a hand
+    top_gap: float  # ... when it was highest
+    last_gap: float  # ... when it was last seen
     whitened: float  # share of its first place that is white at the end
 
     @property
@@ -72,43 +74,44 @@ class Motion:
 def follow(labels: np.ndarray, label: int) -> Track:
     """Find one colour in uint8 labels (T,H,W)."""
     frames, height, width = labels.shape
-    masks, least = labels == label, LEAST_AREA * height * width
+    masks, least = np.zeros(labels.shape, bool), LEAST_AREA * height * width
     area, at = np.zeros(frames), np.full((frames, 2), np.nan)
-    for t, pixels in enumerate(np.count_nonzero(masks, axis=(1, 2))):
-        largest = 0
-        if pixels >= least:
-            # Closed first, so that a thin shadow across a thing does not break it.
-            whole = cv2.morphologyEx(masks[t].astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
-            _, parts, stats, centres = cv2.connectedComponentsWithStats(whole)
-            best = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-            largest = stats[best, cv2.CC_STAT_AREA]
-        if largest < least:
-            masks[t] = False
+    for t, frame in enumerate(labels):
+        part = _around((frame == label).view(np.uint8))
+        mask = frame[part] == label
+        if np.count_nonzero(mask) < least:
             continue
-        own = stats[:, cv2.CC_STAT_AREA] >= PIECE * largest
+        # Closed first, so that a thin shadow across a thing does not break it.
+        whole = cv2.morphologyEx(mask.view(np.uint8), cv2.MORPH_CLOSE, SQUARE)
+        _, parts, stats, centres = cv2.connectedComponentsWithStats(whole)
+        sizes = stats[:, cv2.CC_STAT_AREA]
+        best = 1 + int(np.argmax(sizes[1:]))
+        if sizes[best] < least:
+            continue
+        own = (sizes >= PIECE * sizes[best]) & (np.abs(centres - centres[best]).max(axis=1) < NEAR * min(height, width))
         own[0] = False
-        own &= np.abs(centres - centres[best]).max(axis=1) < NEAR * min(height, width)
-        masks[t] &= own[parts]
-        sizes = stats[own, cv2.CC_STAT_AREA]
-        area[t] = sizes.sum() / (height * width)
-        at[t] = (sizes @ centres[own] / sizes.sum() + 0.5) / (width, height)
+        masks[t][part] = mask & own[parts]
+        area[t] = sizes[own].sum() / (height * width)
+        middle = sizes[own] @ centres[own] / sizes[own].sum() + (part[1].start, part[0].start)
+        at[t] = (middle + 0.5) / (width, height)
     return Track(label, masks, area, at)
 
 
 def find_hands(labels: np.ndarray) -> np.ndarray:
-    """Number the hands of each frame from 1 on, int32 (T,H,W); specks and thin rims of other things are none."""
-    frames, height, width = labels.shape
-    side = 3 if min(height, width) < 96 else 5
-    around = np.ones((2 * round(RIM * min(height, width)) + 1,) * 2, np.uint8)
+    """Number the hands of each frame from 1 on, int32 (T,H,W); specks and rims of other things are none."""
+    height, width = labels.shape[1:]
     hands, least = np.zeros(labels.shape, np.int32), LEAST_AREA * height * width
-    for t in range(frames):
-        mask = cv2.morphologyEx((labels[t] == HAND).astype(np.uint8), cv2.MORPH_OPEN, np.ones((side, side), np.uint8))
+    square = np.ones((3, 3) if min(height, width) < 96 else (5, 5), np.uint8)
+    around = np.ones((2 * round(RIM * min(height, width)) + 1,) * 2, np.uint8)
+    for t, frame in enumerate(labels):
+        part = _around((frame == HAND).view(np.uint8))
+        mask = cv2.morphologyEx((frame[part] == HAND).view(np.uint8), cv2.MORPH_OPEN, square)
         number, parts = cv2.connectedComponents(mask)
-        rim = cv2.dilate(np.isin(labels[t], NEXT_TO_SKIN).astype(np.uint8), around)
-        sizes = np.bincount(parts[rim == 0], minlength=number)
+        rims = cv2.dilate(cv2.LUT(frame, NEXT_TO_SKIN), around)[part]
+        sizes = np.bincount(parts[rims == 0], minlength=number)
         numbers = np.where(sizes >= least, np.arange(number), 0).astype(np.int32)
         numbers[0] = 0
-        hands[t] = numbers[parts]
+        hands[t][part] = numbers[parts]
     return hands
 
 
@@ -116,16 +119,23 @@ def grasp(track: Track, hands: np.ndarray) -> Grasp:
     """Which of the hands, int32 (T,H,W), is nearest to a thing, and where."""
     frames, height, width = hands.shape
     gap, beside = np.full(frames, np.nan), np.full((frames, 2), np.nan)
-    for t in np.flatnonzero(track.seen):
-        rows, columns = np.nonzero(hands[t])
-        if not len(rows):
-            continue
-        away = cv2.distanceTransform(1 - track.masks[t].astype(np.uint8), cv2.DIST_L2, 3)[rows, columns]
-        nearest = int(np.argmin(away))
-        own = hands[t, rows, columns] == hands[t, rows[nearest], columns[nearest]]
-        gap[t] = (away[nearest] - 1) / min(height, width)
-        beside[t] = (columns[own].mean() + 0.5) / width, (rows[own].mean() + 0.5) / height
+    for t in np.flatnonzero(track.seen & hands.any(axis=(1, 2))):
+        part = _around((track.masks[t] | (hands[t] > 0)).view(np.uint8))
+        away = cv2.distanceTransform((~track.masks[t][part]).view(np.uint8), cv2.DIST_L2, 3)
+        rows, columns = np.nonzero(hands[t][part])
+        nearest = int(np.argmin(away[rows, columns]))
+        numbers = hands[t][part][rows, columns]
+        own = numbers == numbers[nearest]
+        gap[t] = (away[rows[nearest], columns[nearest]] - 1) / min(height, width)
+        middle = columns[own].mean() + part[1].start, rows[own].mean() + part[0].start
+        beside[t] = (np.array(middle) + 0.5) / (width, height)
     return Grasp(gap, beside - track.at)
+
+
+def _around(mask: np.ndarray) -> tuple[slice, slice]:
+    """Where the pixels of a mask, uint8 (H,W), are, and two more on every side: the rest need not be looked at."""
+    x, y, width, height = cv2.boundingRect(mask)
+    return np.s_[max(0, y - 2) : y + height + 2, max(0, x - 2) : x + width + 2]
 
 
 def eighth(frames: int) -> int:
@@ -142,7 +152,7 @@ def measure(track: Track, grasp: Grasp, labels: np.ndarray) -> Motion:
     ways = np.abs(np.diff(path, axis=0)).sum(axis=0)
     net = last - first
     gone = seen[-1] < frames - k and not np.diff(seen[seen >= seen[0]], prepend=seen[0] - 1).max() > 1
-    gaps = np.where(np.isnan(grasp.gap[seen]), 1.0, grasp.gap[seen])
+    gaps = grasp.gap[seen]
     moving = _moving(raw[:, :2])
     sides = grasp.beside[seen, 0][moving]
     ahead = float(np.median(sides[~np.isnan(sides)])) if (~np.isnan(sides)).any() else 0.0
@@ -158,11 +168,17 @@ def measure(track: Track, grasp: Grasp, labels: np.ndarray) -> Motion:
         contact=float(np.mean(gaps[moving] < TOUCH)),
         held=float(np.mean(gaps < TOUCH)),
         hand_ahead=float(np.sign(net[0]) * ahead),
-        released=bool(np.median(gaps[-k:]) >= TOUCH),
         gone=bool(gone),
-        last_gap=float(gaps[-k:].min()),
+        first_gap=_least(gaps[:k]),
+        top_gap=float(gaps[np.argmin(raw[:, 1])]),
+        last_gap=_least(gaps[-k:]),
         whitened=float((labels[-k:, place] == WHITE).mean()) if place.any() else 0.0,
     )
+
+
+def _least(values: np.ndarray) -> float:
+    """NaN where there is none."""
+    return float(np.fmin.reduce(values))
 
 
 def _smooth(path: np.ndarray) -> np.ndarray:
