@@ -23,6 +23,7 @@ OBJECT_SATURATION, OBJECT_VALUE = 112, 45
 HAND_SATURATION, HAND_VALUE = (HAND_SATURATIONS[0] + 8, HAND_SATURATIONS[1] + 8), 60  # warm tables come up to its 50
 WHITE_SATURATION, WHITE_VALUE = 45, 180
 BLUR = 0.9  # pixels, against noise
+LARGEST = 128  # pixels of the shorter side: more show nothing more, and take longer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ SKIN = _table([(HAND, *HAND_HUES)], margin=2)
 
 
 def segment(clip: np.ndarray) -> Segments:
-    """Label every pixel of a clip, uint8 RGB (T,H,W,3)."""
+    """Label every pixel of a clip, uint8 RGB (T,H,W,3), or of a smaller copy of one that is larger than need be."""
+    shrink = LARGEST / min(clip.shape[1:3])
+    if shrink < 1:
+        size = round(clip.shape[2] * shrink), round(clip.shape[1] * shrink)
+        clip = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in clip])
     frames, height, width, _ = clip.shape
     smooth = np.concatenate([cv2.GaussianBlur(frame, (3, 3), BLUR) for frame in clip])
     hue, saturation, value = cv2.split(cv2.cvtColor(smooth, cv2.COLOR_RGB2HSV))
