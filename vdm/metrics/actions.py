@@ -24,7 +24,10 @@ TOGETHER_STEP = 0.06  # the same for each of two things
 THROW = 0.2  # the least height
 STILL = 0.06
 GROWTH = 0.3  # in log size: 1.35 times as large
+TURNED_RISE, TURN = 0.05, 0.1  # how high it is lifted for that, and the change of looks
 TOUCHED = 0.5  # the least share of the frames
+
+TOPPED = [SHAPES.index(shape) for shape in SHAPES_WITH_A_TOP]
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,14 @@ def _act(thing: Thing, segments: Segments, hands: np.ndarray) -> str | None:
         return _slide(m, direction)
     if direction in ("up", "down"):
         return _lift(m, direction)
+    once = m.way_up_and_down <= 2.6 * m.rise + 0.04
     if m.rise >= THROW:
-        once = m.way_up_and_down <= 2.6 * m.rise + 0.04
         thrown = m.top_gap >= 0.1 and not (m.first_gap >= 0.16 or m.last_gap >= 0.16)  # it may hide the hand
         return "throw_and_catch" if once and thrown else None
     if m.held < TOUCHED:
         return None
-    if _turned(thing, segments, hands):
-        return "turn_upside_down" if m.way_up_and_down <= 2.6 * m.rise + 0.04 else None
+    if once and m.rise >= TURNED_RISE and _turned(thing, segments, hands):
+        return "turn_upside_down"
     return "hold" if m.wander <= STILL else None
 
 
@@ -198,12 +201,12 @@ def _looks(thing: Thing, frames: list[int], segments: Segments, hands: np.ndarra
 
 
 def _turned(thing: Thing, segments: Segments, hands: np.ndarray) -> bool:
-    """Whether what looks like an upright cup or bottle at the start looks like one upside down at the end."""
+    """Whether it looks less like a cup, or a bottle, that stands at the end than at the start, and more like one
+    upside down. Both may be blurred, so that neither look need be a clear one."""
     seen, k = np.flatnonzero(thing.track.seen).tolist(), eighth(len(hands))
-    start, end = (_looks(thing, frames, segments, hands) for frames in (seen[:k], seen[-k:]))
-    shape = int(np.argmax(start[:, 0]))
-    upright = (start[shape, 0] - start[shape, 1], end[shape, 0] - end[shape, 1])
-    return SHAPES[shape] in SHAPES_WITH_A_TOP and upright[0] > 0 > upright[1]
+    start, end = (_looks(thing, frames, segments, hands)[TOPPED] for frames in (seen[:k], seen[-k:]))
+    change = (start[:, 0] - start[:, 1]) - (end[:, 0] - end[:, 1])
+    return bool(change.max() >= TURN)
 
 
 def _shape(thing: Thing, segments: Segments, hands: np.ndarray) -> str:

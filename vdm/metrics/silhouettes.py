@@ -13,7 +13,7 @@ from vdm.vocabulary import SHAPES
 
 GRID = 16
 ASPECTS = {"ball": 1.0, "box": 1.16, "cup": 1.05, "bottle": 0.48, "book": 2.05}  # width over height
-ASPECT_WEIGHT, SHADE_WEIGHT = 0.3, 4.0  # against the share of cells that one of the two outlines lacks
+ASPECT_WEIGHT, SHADE_WEIGHT = 0.6, 8.0  # against the share of cells that one of the two outlines lacks
 CORE = 0.5  # of a patch's strongest colour; what has less is an edge that blur has widened
 SOFTNESS = 1.3  # cells: outlines are blurred a little, as pictures are
 
