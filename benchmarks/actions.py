@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import environment, wilson, write_json
+from benchmarks.common import environment, row_of, write_json
 from vdm.cli import Parser, run
 from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered, render_clip
@@ -117,14 +117,9 @@ def encoded() -> Change:
     return change
 
 
-def _row(share: Share) -> dict[str, Any]:
-    low, high = wilson(share.right, share.of) if share.of else (None, None)
-    return {"right": share.right, "clips": share.of, "value": share.value, "ci95": [low, high]}
-
-
 def _rows(scores: Scores) -> dict[str, Any]:
     names = ("valid", "action", "direction", "colour", "shape", "joint")
-    return {name: _row(getattr(scores, name)) for name in names}
+    return {name: row_of(getattr(scores, name)) for name in names}
 
 
 def _judge(clips: Iterable[Clip], *, what: str, total: int) -> list[Verdict]:
@@ -158,7 +153,7 @@ def measure(clips: Sequence[Rendered], *, seed: int) -> dict[str, Any]:
     return {
         "milliseconds_per_clip": milliseconds,
         "real": _rows(scores),
-        "recall": {name: _row(share) for name, share in scores.recall.items()},
+        "recall": {name: row_of(share) for name, share in scores.recall.items()},
         "confusion": scores.confusion,
         "without_motion": {name: changed(name, change) for name, change in ceilings.items()},
         "damaged": {
@@ -178,7 +173,7 @@ def _metamorphic(clips: Sequence[Rendered], real: Sequence[Verdict]) -> dict[str
         if clip.action in REWOUND:
             rewound.append(judge(clip.frames[::-1]).action == REWOUND[clip.action])
     return {
-        name: _row(Share(sum(agreed), len(agreed))) for name, agreed in (("mirrored", mirrored), ("rewound", rewound))
+        name: row_of(Share(sum(agreed), len(agreed))) for name, agreed in (("mirrored", mirrored), ("rewound", rewound))
     }
 
 

@@ -17,6 +17,8 @@ import torch
 
 import vdm
 from vdm.errors import UserError
+from vdm.metrics.action_scores import Share
+from vdm.metrics.intervals import wilson
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -44,6 +46,12 @@ def versions(*names: str) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def row_of(share: Share) -> dict[str, object]:
+    """A share of clips as JSON values, with Wilson's interval."""
+    value, ci95 = (share.value, wilson(share.right, share.of)) if share.of else (None, None)
+    return {"right": share.right, "clips": share.of, "value": value, "ci95": ci95}
 
 
 def write_json(path: Path, record: dict[str, object]) -> None:
