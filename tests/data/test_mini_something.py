@@ -326,7 +326,9 @@ def test_ssv2_layout(tmp_path: Path) -> None:
         assert (entry["id"], entry["label"], entry["template"]) == (clip.id, clip.label, clip.template)
         assert len(entry) == 4 and entry["placeholders"] == list(clip.placeholders)
         assert (out / "20bn-something-something-v2" / f"{entry['id']}.mp4").stat().st_size > 500
-    assert len(list(out.rglob("*"))) == 3 + 1 + 11
+    captions = [entry["label"] for entry in parts["train"] + parts["validation"]]
+    assert (out / "captions.txt").read_text().splitlines() == captions
+    assert len(list(out.rglob("*"))) == 4 + 1 + 11
     with pytest.raises(UserError, match="already holds"):
         write_ssv2(out, num_clips=2, size=32, num_frames=8, fps=8.0, seed=SEED)
 

@@ -208,6 +208,8 @@ def _write_json(path: Path, content: object) -> None:
 def write_ssv2(out: str | Path, *, num_clips: int, size: int, num_frames: int, fps: float, seed: int) -> None:
     """Write clips 0 .. num_clips-1 as a folder in Something-Something V2's layout; annotations come last.
 
+    Beside them `captions.txt` has the caption of each clip, in order: prompts for `sample.py --prompt_file`.
+
     Raises UserError for fewer than two clips, and for a folder that holds clips already or cannot be written.
     """
     if num_clips < 2:
@@ -225,6 +227,8 @@ def write_ssv2(out: str | Path, *, num_clips: int, size: int, num_frames: int, f
         held_out = max(1, num_clips // 10)
         class_names = sorted(action.class_name for action in ACTIONS)
         _write_json(Path(out) / "labels.json", {name: str(rank) for rank, name in enumerate(class_names)})
+        captions = "".join(f"{entry['label']}\n" for entry in entries)
+        (Path(out) / "captions.txt").write_text(captions, encoding="utf-8")
         _write_json(Path(out) / "validation.json", entries[-held_out:])
         _write_json(Path(out) / "train.json", entries[:-held_out])
     except OSError as error:
