@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,22 @@ def _print(size: int, record: dict[str, Any]) -> None:
         print(f"{name:<14}{row['value']:>8.1%}  {row['right']} of {row['clips']}")
     worst = sorted(record["recall"].items(), key=lambda item: item[1]["value"])[:4]
     print("least recall: " + ", ".join(f"{name} {row['right']} of {row['clips']}" for name, row in worst))
+
+
+def table(record: dict[str, Any]) -> Iterator[str]:
+    """Action accuracy of every kind of clip, by size, as lines of Markdown."""
+    sizes = record["sizes"]
+    yield f"| clips | {' | '.join(f'{size}x{size}' for size in sizes)} |"
+    yield "|---" * (1 + len(sizes)) + "|"
+    by_size = [
+        {"real": one["real"]["action"]}
+        | {name: rows["action"] for name, rows in (one["without_motion"] | one["damaged"]).items()}
+        | one["metamorphic"]
+        for one in sizes.values()
+    ]
+    for name in by_size[0]:
+        shares = (f"{rows[name]['right']} of {rows[name]['clips']}" for rows in by_size)
+        yield f"| {name} | {' | '.join(shares)} |"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.actions import table as actions_table
 from benchmarks.data import table
 from benchmarks.memory import sampling_table
 from benchmarks.memory import table as memory_table
@@ -15,6 +16,7 @@ from benchmarks.memory import table as memory_table
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
 def saved(name: str) -> dict[str, object]:
@@ -93,3 +95,16 @@ def test_twenty_steps_of_dpmpp_follow_the_prompt_as_fifty_of_ddim_do() -> None:
         assert isinstance(scores, dict)
         shares = " | ".join(f"{scores[name]['right']} of {scores[name]['clips']}" for name in ("action", "direction"))
         assert f"| {what} | {shares} |" in PERFORMANCE
+
+
+def test_the_table_of_the_judge_of_actions_is_the_saved_one() -> None:
+    record = saved("actions-cpu.json")
+    assert [line for line in actions_table(record) if line not in METRICS] == []
+    sizes = record["sizes"]
+    assert isinstance(sizes, dict)
+    for size, least in (("64", 0.97), ("128", 0.99)):
+        one = sizes[size]
+        assert one["real"]["action"]["value"] >= least and one["real"]["action"]["clips"] == 500
+        assert one["without_motion"]["frozen"]["action"]["value"] < 0.15
+        assert one["without_motion"]["shuffled"]["action"]["value"] < 0.45
+        assert min(row["value"] for row in one["metamorphic"].values()) >= 0.97
