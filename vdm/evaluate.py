@@ -54,10 +54,10 @@ def evaluate(request: Request) -> list[Record]:
     where too few clips are good.
     """
     metrics = chosen(request.metrics)
-    _require_writable(request.output_dir)
     generated, shape = clips.generated_clips(request.generated)
     reference, notes = clips.reference_clips(request.reference, split=request.split)
     listed = Listed(generated, reference, shape, notes)
+    _require_writable(request.output_dir)
     with dist.together():
         opened, missing = _opened(metrics, request.weights_dir, shape)
         ours, theirs = _extracted(listed, opened, request.output_dir / "cache")

@@ -1,12 +1,15 @@
 """Rows that were extracted before, so that what has not changed is not decoded and not extracted again.
 
 A row is kept under the sha256 of all that it depends on: the bytes of the clip's file, how it was read and altered, its
-prompt. Each extractor has a folder named after its protocol; each process writes a file of its own there and reads all.
+prompt. Each extractor has a folder named after its protocol, weights and code; each process writes a file of its own
+there and reads all.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +42,12 @@ def save_rows(folder: Path, rows: Mapping[str, Row], *, name: str) -> None:
     keys = np.frombuffer(bytes.fromhex("".join(rows)), dtype=np.uint8).reshape(len(rows), 32)
     with replacing(folder / f"{name}.safetensors", remedy="choose another --output_dir") as file:
         save_file({"keys": keys, "rows": np.stack(list(rows.values()))}, file)
+
+
+@lru_cache(maxsize=1)
+def source_sha256() -> str:
+    """Of all of vdm's own code: what was extracted by other code is extracted anew, rather than trusted."""
+    hashed = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 from vdm.data.find import find_clips, guess_format
 from vdm.data.packed import File, Packed
 from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, NoSuchSplit, Split
-from vdm.data.transforms import Crop, Frames
+from vdm.data.transforms import Crop, Frames, resize_crop
 from vdm.data.video import ShortClip, UnreadableClip, Window, read_window
 from vdm.errors import UserError
 from vdm.files import in_words, is_file, names_in
@@ -186,7 +186,7 @@ def reference_clips(root: Path, *, split: str = "all", most: int = MOST_REFERENC
 
 def read_generated(clip: Clip, shape: Shape) -> Frames:
     """uint8 (T,H,W,3), every frame of the file. Raises BadClip where it is not of the shape that is said of it."""
-    frames, times = _read(clip, Window(shape.fps, shape.num_frames, 0.0, "drop"), None)
+    frames, times = _read(clip, Window(shape.fps, shape.num_frames, 0.0, "drop"))
     if len(times) != shape.num_frames:
         raise BadClip(f"{clip.id} has {len(times)} frames, and not {shape.num_frames} as {SAMPLES} says")
     if abs((times[-1] - times[0]) * shape.fps - (shape.num_frames - 1)) > 0.5:
@@ -201,12 +201,16 @@ def read_generated(clip: Clip, shape: Shape) -> Frames:
 
 def read_reference(clip: Clip, shape: Shape) -> Frames:
     """uint8 (T,H,W,3): the middle of a clip at the frame rate, length and size of those generated. Raises BadClip."""
-    return _read(clip, Window(shape.fps, shape.num_frames, 0.5, "drop"), Crop(shape.height, shape.width))[0]
+    frames, _ = _read(clip, Window(shape.fps, shape.num_frames, 0.5, "drop"))
+    same = frames.shape[1:3] == (shape.height, shape.width)
+    return frames if same else resize_crop(frames, Crop(shape.height, shape.width))
 
 
-def _read(clip: Clip, window: Window, crop: Crop | None) -> tuple[Frames, Sequence[float]]:
+def _read(clip: Clip, window: Window) -> tuple[Frames, list[float]]:
+    """At the file's own size, on both sides: cropping while decoding finds colour between its samples another way, and
+    the same file must give the same frames."""
     try:
-        frames, times = read_window(clip.path, window, crop)
+        frames, times = read_window(clip.path, window, None)
     except UnreadableClip as error:
         raise BadClip(f"{clip.id} cannot be read: {error.reason}") from error
     except ShortClip as error:

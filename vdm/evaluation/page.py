@@ -21,6 +21,7 @@ from vdm.evaluation.clips import Clip, Shape, read_generated, read_reference
 from vdm.evaluation.per_clip import Line
 from vdm.evaluation.records import Record, interval, number
 from vdm.files import replacing
+from vdm.metrics.intervals import wilson
 
 FILE = "report.html"
 MOST_SHOWN = 4  # best clips, and as many worst
@@ -133,7 +134,9 @@ def _actions(confusion: Confusion) -> str:
             f'<td style="background:rgba(31,111,180,{count / totals[i]:.2f})">{int(count) or ""}</td>'
             for count in confusion.counts[i]
         )
-        rows.append(f"<tr><th>{html.escape(name)}</th><th>{hits} of {int(totals[i])}</th>{cells}</tr>\n")
+        share = interval(wilson(hits, int(totals[i])))
+        told = f"<th>{right + 1} {html.escape(name)}</th><th>{hits} of {int(totals[i])} ({share})</th>"
+        rows.append(f"<tr>{told}{cells}</tr>\n")
     names = "".join(f"<li>{html.escape(name)}</li>\n" for name in confusion.columns)
     return (
         f'<h2>Actions</h2>\n<p>Rows are what the prompts say, columns what was seen.</p>\n<table class="confusion">\n'
@@ -146,17 +149,18 @@ def _actions(confusion: Confusion) -> str:
 
 
 def _memorised(lines: Sequence[Line]) -> str:
-    """Whether generated clips are copies: nearer to a reference clip than reference clips are to each other."""
+    """Whether generated clips are copies: far nearer to a reference clip than reference clips are to each other."""
     ours, theirs = (
         [line.distance for line in lines if line.side == side and line.distance is not None]
         for side in ("generated", "reference")
     )
-    closer = sum(distance < min(theirs) for distance in ours)
+    copies = sum(distance < min(theirs) / 2.0 for distance in ours)
     return (
         "<h2>Is it memory?</h2>\n"
-        f"<p>{closer} of {len(ours)} generated clips are nearer to a reference clip than any two of that are to each "
-        f"other. The median distance to the nearest is {np.median(ours):.1f} grey levels, and {np.median(theirs):.1f} "
-        "from one reference clip to another (root mean square of small pictures).</p>\n"
+        f"<p>{copies} of {len(ours)} generated clips are nearer to a reference clip than half of what parts the two "
+        f"reference clips that are most alike. The nearest is {min(ours):.1f} grey levels away, the median "
+        f"{np.median(ours):.1f}; between reference clips these are {min(theirs):.1f} and {np.median(theirs):.1f} "
+        "(root mean square of small pictures).</p>\n"
     )
 
 
@@ -222,4 +226,4 @@ def _video(frames: Frames, fps: float, file: Path) -> str:
     """Encoded anew, so that a browser plays whatever the file was."""
     write_video(file, frames, fps=fps)
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<video controls loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    return f'<video autoplay controls loop muted playsinline src="data:video/mp4;base64,{data}"></video>'

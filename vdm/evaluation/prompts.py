@@ -34,7 +34,7 @@ class Asked:
 
 def asked(prompt: str) -> Asked | None:
     """None where the prompt is none of mini-something's."""
-    words = " ".join(prompt.lower().rstrip(".").split())
+    words = " ".join(prompt.lower().split()).rstrip(" .")
     for action, pattern in _PATTERNS:
         if match := pattern.fullmatch(words):
             found = match.groups()
