@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from folders import side
-from vdm.metrics.frechet import frechet_distance
-from vdm.metrics.intervals import wilson
 
 from vdm.errors import UserError
 from vdm.evaluation import extract
@@ -21,6 +19,8 @@ from vdm.evaluation.clips import (
 from vdm.evaluation.extract import Side, halves
 from vdm.evaluation.extractors import EXTRACTORS
 from vdm.evaluation.measures import Distance, PerClip, Score, Unmeasurable, column
+from vdm.metrics.frechet import frechet_distance
+from vdm.metrics.intervals import wilson
 
 
 def test_a_mean_counts_only_clips_that_have_a_number() -> None:
@@ -68,12 +68,15 @@ def test_a_score_is_of_one_side_and_varies_with_that_alone() -> None:
     # The block jackknife of a mean: the standard error of the 16 means of blocks, to which the other side adds nothing.
     values = np.array([row[0] for row in sorted(rows.rows, key=lambda row: extract.digest(f"{int(row[0]):04d}"))])
     error = values.reshape(16, 2).mean(1).std(ddof=1) / 4.0
+    with pytest.raises(Unmeasurable, match="needs at least 33 clips"):
+        Score(mean, least=33)(rows, rows)
     assert found.value == 15.5 and (high - low) / 2 == pytest.approx(1.959964 * error, rel=1e-5)
 
 
 def test_halves_are_apart_and_of_one_size() -> None:
     whole = side([[float(i)] for i in range(9)])
-    one, other = halves(whole)
+    assert [len(half.clips) for half in halves(whole, most=3)] == [3, 3]
+    one, other = halves(whole, most=100)
     assert len(one.clips) == len(other.clips) == 4
     assert not {clip.id for clip in one.clips} & {clip.id for clip in other.clips}
     assert all(

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from vdm.data.video import read_clip
 from vdm.metrics.similarity import frame_ssim
 from vdm.metrics.toy import SHIPPED
 
-from vdm.data.video import read_clip
-
 Command = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
-METRICS = "frame_ssim,ms_flow,action_accuracy,fvd_toy,kvd_toy,is_toy,fvd"
+METRICS = "frame_ssim,action_accuracy,fvd_toy,kvd_toy,is_toy,fvd"
 needs_classifier = pytest.mark.skipif(not SHIPPED.is_file(), reason=f"{SHIPPED.name} does not come with this vdm")
 
 
@@ -73,7 +73,6 @@ def test_real_clips_against_themselves(itself: Path) -> None:
     assert ssim["ceilings"]["noise"] < ssim["ceilings"]["shuffled"] < ssim["value"] < ssim["ceilings"]["frozen"] == 1.0
     action = found["action_accuracy"]
     assert action["value"] == action["ceilings"]["reference"] > 0.7 > 0.4 > action["ceilings"]["shuffled"]
-    assert found["ms_flow"]["value"] > found["ms_flow"]["ceilings"]["shuffled"]
     fvd = found["fvd"]
     assert fvd["value"] is None and not fvd["valid"]
     assert fvd["status"].startswith("skipped: needs i3d_torchscript.pt, put it at weights/i3d_torchscript.pt")

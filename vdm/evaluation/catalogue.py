@@ -9,12 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from vdm.errors import UserError, nearest
-from vdm.evaluation import verdicts
-from vdm.evaluation.extract import Side
 from vdm.evaluation.matching import r_precision
-from vdm.evaluation.measures import ALL, SEED, Columns, Distance, Measure, PerClip, Score, Values, column
+from vdm.evaluation.measures import ALL, SEED, Columns, Distance, Measure, PerClip, Score, column
 from vdm.evaluation.networks import CLIP_COLUMNS
 from vdm.evaluation.pixels import FLOW_COLUMNS, FRAME_COLUMNS
+from vdm.evaluation.verdicts import marked
 from vdm.metrics.frechet import frechet_distance, frechet_infinity, kernel_distance
 from vdm.metrics.inception import inception_score
 from vdm.metrics.toy import FEATURES
@@ -25,7 +24,8 @@ LOWER: Better = "lower"
 ALIKE: Better = "as the reference"
 UNBIASED = {"cov": "unbiased"}
 KERNEL = {"kernel": "(x.y / D + 1)^3, unbiased"}
-LOGITS = 400  # of I3D
+CANDIDATES = {"candidates": "own prompt and 99 of other templates, of both sides"}
+LOGITS, VIDEOMAE = 400, 1408  # features of I3D, and of VideoMAE-v2-g
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,8 @@ def _is(logits: Tensor) -> float:
     return inception_score(logits)[0]
 
 
-def _score(test: verdicts.Test) -> PerClip:
-    scored = verdicts.scored(test)
-
-    def values(side: Side, reference: Side) -> Values:
-        return scored(side)
-
-    return PerClip(values, share=True)
+def _is_of_ten(logits: Tensor) -> float:
+    return inception_score(logits, splits=10, seed=SEED)[0]
 
 
 def _frechet(num_features: int, columns: Columns = ALL) -> Distance:
@@ -80,13 +75,16 @@ _ALL = (
     Metric("fvd_rep2", "i3d_rep2", _frechet(LOGITS), LOWER, "FVD of short clips with each frame shown twice", UNBIASED),
     Metric("kvd_rep2", "i3d_rep2", Distance(kernel_distance), LOWER, "kernel distance of the same", KERNEL),
     Metric("fvd_i3d_imagenet", "i3d_imagenet", _frechet(LOGITS), LOWER, "by weights from ImageNet on", UNBIASED),
+    Metric("fvd_videomae", "videomae", _frechet(VIDEOMAE), LOWER, "content-debiased FVD, by VideoMAE", UNBIASED),
+    Metric("kvd_videomae", "videomae", Distance(kernel_distance), LOWER, "kernel distance by the same", KERNEL),
     Metric("is", "c3d", Score(_is), HIGHER, "Inception score by C3D of UCF-101, 1 to 101; one split"),
+    Metric("is_10_splits", "c3d", Score(_is_of_ten, least=10), HIGHER, "mean of 10 shares of the clips"),
     Metric("is_i3d_k400", "i3d", Score(_is), HIGHER, "Inception score by I3D, 1 to 400; one split"),
     Metric("clipsim", "clip", _clip["clipsim"], HIGHER, "mean cosine of frames and prompt, by CLIP"),
     Metric("clip_score", "clip", _clip["clip_score"], HIGHER, "2.5 max(cosine, 0), with the prefix A photo depicts"),
-    Metric("r_precision", "clip", _retrieved(1), HIGHER, "own prompt first of 100; by chance 0.01"),
-    Metric("r_precision_5", "clip", _retrieved(5), HIGHER, "own prompt among the first 5 of 100; by chance 0.05"),
-    Metric("r_precision_10", "clip", _retrieved(10), HIGHER, "own prompt among the first 10 of 100; by chance 0.10"),
+    Metric("r_precision", "clip", _retrieved(1), HIGHER, "own prompt first of 100; by chance 0.01", CANDIDATES),
+    Metric("r_precision_5", "clip", _retrieved(5), HIGHER, "own prompt among the first 5; by chance 0.05", CANDIDATES),
+    Metric("r_precision_10", "clip", _retrieved(10), HIGHER, "own prompt among the first 10; by chance .1", CANDIDATES),
     Metric("subject_consistency", "dino", column(0), HIGHER, "DINO's likeness to first and last frame; a still has 1"),
     Metric(
         "background_consistency", "clip", _clip["background_consistency"], HIGHER, "CLIP's; a still has 1",
@@ -102,12 +100,12 @@ _ALL = (
     Metric("warping_coverage", "flows", _flows["warping_coverage"], ALIKE, "share of pixels that can be followed"),
     Metric("dynamic_degree", "flows", _flows["dynamic_degree"], ALIKE, "share of clips in which something moves fast"),
     Metric("dynamic_degree_mean", "flows", _flows["dynamic_degree_mean"], ALIKE, "speed, pixels in an eighth second"),
-    Metric("valid_rate", "judge", _score(verdicts.shows_things), HIGHER, "all colours asked for are there"),
-    Metric("action_accuracy", "judge", _score(verdicts.right_action), HIGHER, "the action asked for, by fixed rules"),
-    Metric("direction_accuracy", "judge", _score(verdicts.right_direction), HIGHER, "the direction asked for"),
-    Metric("colour_accuracy", "judge", _score(verdicts.right_colours), HIGHER, "what is acted on has its colours"),
-    Metric("shape_accuracy", "judge", _score(verdicts.right_shapes), HIGHER, "what is acted on has its shapes"),
-    Metric("joint_accuracy", "judge", _score(verdicts.all_right), HIGHER, "action, colours and shapes at once"),
+    Metric("valid_rate", "judge", marked("valid"), HIGHER, "all colours asked for are there"),
+    Metric("action_accuracy", "judge", marked("action"), HIGHER, "the action asked for, by fixed rules"),
+    Metric("direction_accuracy", "judge", marked("direction"), HIGHER, "the direction asked for"),
+    Metric("colour_accuracy", "judge", marked("colour"), HIGHER, "what is acted on has its colours"),
+    Metric("shape_accuracy", "judge", marked("shape"), HIGHER, "what is acted on has its shapes"),
+    Metric("joint_accuracy", "judge", marked("joint"), HIGHER, "action, colours and shapes at once"),
     Metric("fvd_toy", "toy", _frechet(FEATURES, _toy), LOWER, "by a classifier of mini-something", UNBIASED),
     Metric("kvd_toy", "toy", Distance(kernel_distance, _toy), LOWER, "kernel distance by the same", KERNEL),
     Metric("is_toy", "toy", Score(_is, (FEATURES, None)), HIGHER, "Inception score by the same, 1 to 16"),

@@ -6,7 +6,7 @@ the same order, however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,9 +163,9 @@ def _gathered(
     return Extracted(clips, problems_found, rows)
 
 
-def halves(side: Side) -> Iterator[Side]:
-    """Two halves of a side, of one size: by the hash of the ids, so whatever their order says falls to both alike."""
+def halves(side: Side, *, most: int) -> tuple[Side, Side]:
+    """Two parts of a side of one size, half of it but at most so many clips: by the hash of the ids, so whatever their
+    order says falls to both alike."""
     order = sorted(range(len(side.clips)), key=lambda i: digest(side.clips[i].id))
-    half = len(order) // 2
-    for places in (order[:half], order[half : 2 * half]):
-        yield side.part(sorted(places))
+    size = min(most, len(order) // 2)
+    return side.part(sorted(order[:size])), side.part(sorted(order[size : 2 * size]))

@@ -12,6 +12,7 @@ from vdm.evaluation import networks, pixels, verdicts
 from vdm.evaluation.clips import Shape
 from vdm.evaluation.extract import Opened
 from vdm.files import is_file
+from vdm.metrics import videomae
 from vdm.metrics.toy import SHIPPED
 
 THUMBNAIL = "thumbnail"
@@ -62,6 +63,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "i3d_imagenet": Extractor(
         networks.open_i3d_imagenet, ("rgb_imagenet.pt", "model_rgb.pth"), frames=(9, MOST_FRAMES)
     ),
+    "videomae": Extractor(networks.open_videomae, (videomae.FILE,), frames=(videomae.NUM_FRAMES, videomae.NUM_FRAMES)),
     "c3d": Extractor(networks.open_c3d, ("c3d_ucf101.pt", "conv3d_deepnetA_ucf.npz"), frames=(16, 16)),
     "clip": Extractor(networks.open_clip, ("ViT-B-32.pt", "open_clip_model.safetensors"), frames=(2, MOST_FRAMES)),
     "dino": Extractor(networks.open_dino, ("dino_vitbase16_pretrain.pth",), frames=(2, MOST_FRAMES)),

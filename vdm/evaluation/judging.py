@@ -48,7 +48,7 @@ def judged(
         found.interval(),
         n_generated=found.count,
         n_reference=len(reference.clips) if not metric.measure.one_sided else beside.count if beside else 0,
-        floor=_floor(metric.measure, reference),
+        floor=_floor(metric.measure, reference, most=len(generated.clips)),
         ceilings={name: one.value for name, one in {"reference": beside, **altered}.items() if one is not None},
         valid=found.valid,
         warnings=tuple(_warnings(metric.measure, found, generated, reference, extractor.warning)),
@@ -76,9 +76,10 @@ def _try(measure: Measure, generated: Side, reference: Side) -> Found | None:
         return None
 
 
-def _floor(measure: Measure, reference: Side) -> float | None:
-    """What half of the reference makes of the other half: their distance, or how far apart their values are."""
-    one, other = halves(reference)
+def _floor(measure: Measure, reference: Side, *, most: int) -> float | None:
+    """What half of the reference makes of the other half, as far as can be of the size of the generated side: their
+    distance, or how far apart their values are."""
+    one, other = halves(reference, most=most)
     there, back = _try(measure, one, other), _try(measure, other, one)
     if there is None or back is None:
         return None
@@ -92,6 +93,8 @@ def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, 
     elif not measure.one_sided and len(generated.clips) != len(reference.clips):
         counts = f"{len(generated.clips)} generated and {len(reference.clips)} reference clips"
         told.append(f"{counts}: compare only with values of the same numbers")
+    if not measure.one_sided and len(reference.clips) < 2 * len(generated.clips):
+        told.append(f"the floor is of {len(reference.clips) // 2} clips a side, and is higher than it would be of more")
     prompts = len({clip.prompt for clip in generated.clips})
     if isinstance(measure, PerClip) and not measure.share and prompts < FEW_PROMPTS:
         told.append(f"the interval is too narrow, being of {prompts} prompts only")

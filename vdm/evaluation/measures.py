@@ -109,12 +109,13 @@ class Score:
 
     of: Callable[[Tensor], float]
     columns: Columns = ALL
+    least: int = 2
     one_sided: bool = True
 
     def __call__(self, generated: Side, reference: Side) -> Found:
         """Raises Unmeasurable."""
         # The jackknife leaves out blocks of the other side as well, which changes nothing and so adds no variance.
-        return Distance(lambda x, y: self.of(x), self.columns)(generated, generated)
+        return Distance(lambda x, y: self.of(x), self.columns, self.least)(generated, generated)
 
 
 Measure = PerClip | Distance | Score

@@ -23,6 +23,7 @@ from vdm.metrics.fvd import FVDProtocol, i3d_features, repeats
 from vdm.metrics.i3d import load_i3d
 from vdm.metrics.i3d_files import FVD, IMAGENET
 from vdm.metrics.toy import FEATURES, SHIPPED, SIZE, load_toy_classifier
+from vdm.metrics.videomae import load_videomae
 from vdm.metrics.vit import load_dino
 from vdm.weights import sha256
 
@@ -94,6 +95,14 @@ def open_dino(path: Path | None, device: torch.device, shape: Shape) -> Opened:
     dino = load_dino(path, device=str(device))
     rows = each(lambda clip, prompt: subject_consistency(dino.frames(clip)))
     return Opened(rows, {"layer": "DINO ViT-B/16", "interp": "bilinear", "dtype": "float32"}, dino.sha256)
+
+
+def open_videomae(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The 1408 features of the content-debiased Frechet distance."""
+    assert path is not None
+    net = load_videomae(path, device=str(device))
+    protocol = {"layer": "fc_norm1408", "resize": "squash", "interp": "torch", "dtype": "float32"}
+    return Opened(each(lambda clip, prompt: net.features(clip)[0]), protocol, net.sha256)
 
 
 def open_toy(path: Path | None, device: torch.device, shape: Shape) -> Opened:

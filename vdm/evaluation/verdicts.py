@@ -1,27 +1,30 @@
-"""Whether a clip shows what its prompt asks for, for prompts of mini-something: rows of verdicts, and scores."""
+"""Whether a clip shows what its prompt asks for, where that is mini-something's: rows of verdicts, and marks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from vdm.data.transforms import Frames
+from vdm.errors import UserError
 from vdm.evaluation.clips import Shape
 from vdm.evaluation.extract import Opened, Rows, Side
-from vdm.evaluation.measures import Values
-from vdm.evaluation.prompts import DIRECTIONS, Asked, asked
+from vdm.evaluation.measures import PerClip, Values
+from vdm.metrics.action_scores import DIRECTIONS, NOTHING, Prompt, mark, read_prompt
 from vdm.metrics.actions import RULES_VERSION, Verdict, judge
 from vdm.vocabulary import ACTIONS, COLOURS, SHAPES
 
 NAMES = tuple(action.name for action in ACTIONS)
 WAYS = tuple(dict.fromkeys(DIRECTIONS.values()))
 HUES = tuple(COLOURS)
-NOTHING = "nothing known"
+MOST_THINGS = 2
 
-Test = Callable[[Asked, Verdict], bool | None]
+Mark = Literal["valid", "action", "direction", "colour", "shape", "joint"]
 
 
 def open_judge(path: Path | None, device: torch.device, shape: Shape) -> Opened:
@@ -34,72 +37,61 @@ def open_judge(path: Path | None, device: torch.device, shape: Shape) -> Opened:
 
 
 def encoded(verdict: Verdict) -> Rows:
-    """A verdict as numbers: action and direction by their place or -1, then how often each colour and shape is named,
-    and which colours are seen at all."""
-    action = -1 if verdict.action is None else NAMES.index(verdict.action)
-    way = -1 if verdict.direction not in WAYS else WAYS.index(verdict.direction)
-    counts = [verdict.colours.count(hue) for hue in HUES] + [verdict.shapes.count(shape) for shape in SHAPES]
-    return np.array([action, way, *counts, *(hue in verdict.found for hue in HUES)], dtype=np.float64)
+    """A verdict as numbers, each the place of a name in its list, or -1: action, direction, then colour and shape of
+    each thing that is acted on; and for each colour whether it is seen at all."""
+    things = list(zip(verdict.colours, verdict.shapes, strict=True))[:MOST_THINGS]
+    numbers = [_place(NAMES, verdict.action), _place(WAYS, verdict.direction)]
+    for hue, form in [*things, *[(None, None)] * (MOST_THINGS - len(things))]:
+        numbers += [_place(HUES, hue), _place(SHAPES, form)]
+    return np.array([*numbers, *(hue in verdict.found for hue in HUES)], dtype=np.float64)
 
 
 def decoded(row: Rows) -> Verdict:
-    """The verdict again; of two things the order is lost."""
-    action, way = int(row[0]), int(row[1])
-    hues, shapes, found = np.split(row[2:].astype(int), [len(HUES), len(HUES) + len(SHAPES)])
+    """The verdict again."""
+    action, way, *rest = row.astype(int).tolist()
+    things, found = rest[: 2 * MOST_THINGS], rest[2 * MOST_THINGS :]
+    pairs = [pair for pair in zip(things[::2], things[1::2], strict=True) if min(pair) >= 0]
     return Verdict(
         action=None if action < 0 else NAMES[action],
         direction=None if way < 0 else WAYS[way],
-        colours=tuple(name for name, count in zip(HUES, hues, strict=True) for _ in range(count)),
-        shapes=tuple(name for name, count in zip(SHAPES, shapes, strict=True) for _ in range(count)),
+        colours=tuple(HUES[hue] for hue, _ in pairs),
+        shapes=tuple(SHAPES[form] for _, form in pairs),
         found=tuple(name for name, seen in zip(HUES, found, strict=True) if seen),
     )
 
 
-def scored(test: Test) -> Callable[[Side], Values]:
-    """1 where a clip passes, 0 where it does not, NaN where its prompt does not ask: (N,)."""
+def _place(names: Sequence[str], name: str | None) -> int:
+    return names.index(name) if name in names else -1
 
-    def values(side: Side) -> Values:
+
+@lru_cache(maxsize=1 << 14)
+def asked(prompt: str) -> Prompt | None:
+    """What a prompt asks for; None where it is none of mini-something's, which name a colour and a shape."""
+    try:
+        found = read_prompt(prompt)
+    except UserError:
+        return None
+    return found if found.colours and found.shapes else None
+
+
+def marked(name: Mark) -> PerClip:
+    """The share of clips that pass; one does not count where its prompt does not ask for such a thing."""
+
+    def values(side: Side, reference: Side) -> Values:
         out = np.full(len(side.clips), np.nan)
         for i, (clip, row) in enumerate(zip(side.clips, side.rows, strict=True)):
-            wanted = asked(clip.prompt)
-            passed = None if wanted is None else test(wanted, decoded(row))
-            if passed is not None:
-                out[i] = float(passed)
+            if (prompt := asked(clip.prompt)) is not None:
+                passed = getattr(mark(decoded(row), prompt), name)
+                out[i] = np.nan if passed is None else float(passed)
         return out
 
-    return values
-
-
-def shows_things(wanted: Asked, verdict: Verdict) -> bool:
-    """Everything is there in the colours asked for, whatever it does."""
-    return set(wanted.colours) <= set(verdict.found)
-
-
-def right_action(wanted: Asked, verdict: Verdict) -> bool:
-    return verdict.action == wanted.action
-
-
-def right_direction(wanted: Asked, verdict: Verdict) -> bool | None:
-    return None if wanted.direction is None else verdict.direction == wanted.direction
-
-
-def right_colours(wanted: Asked, verdict: Verdict) -> bool:
-    return sorted(verdict.colours) == sorted(wanted.colours)
-
-
-def right_shapes(wanted: Asked, verdict: Verdict) -> bool:
-    return sorted(verdict.shapes) == sorted(wanted.shapes)
-
-
-def all_right(wanted: Asked, verdict: Verdict) -> bool:
-    """Action, colours and shapes."""
-    return all(test(wanted, verdict) for test in (right_action, right_colours, right_shapes))
+    return PerClip(values, share=True)
 
 
 def confusion(side: Side) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
     """What was asked for (rows), what was seen (columns, one more for nothing known), and how often: (R,C)."""
     counts = np.zeros((len(NAMES), len(NAMES) + 1), dtype=np.int64)
     for clip, row in zip(side.clips, side.rows, strict=True):
-        if (wanted := asked(clip.prompt)) is not None:
-            counts[NAMES.index(wanted.action), int(row[0])] += 1  # -1 is the last column
+        if (prompt := asked(clip.prompt)) is not None:
+            counts[NAMES.index(prompt.action), int(row[0])] += 1  # -1 is the last column
     return NAMES, (*NAMES, NOTHING), counts
