@@ -20,7 +20,7 @@ from vdm.weights import fill, open_weights, sha256
 SIZE = 64  # pixels a side
 FEATURES = 128
 SHIPPED = Path(__file__).parents[1] / "assets" / "toy_classifier.safetensors"
-SHIPPED_SHA256 = ""
+SHIPPED_SHA256 = "6967334925d2996f3e9da9334885edfd00a22a2c04be996162f2507dc468d17c"
 
 _STEM = ((3, 48, 7, 4), (48, 64, 3, 2), (64, 96, 3, 2))  # channels in and out, kernel, stride: 64 pixels to 4
 _DILATIONS = (1, 2, 4)  # in frames: with two convolutions each, a feature sees 14 frames either way
@@ -36,8 +36,9 @@ class Judged(NamedTuple):
 class ToyClassifier(nn.Module):
     """uint8 clips (B,T,64,64,3) -> `Judged`: convolutions of each frame alone, then of its features along time.
 
-    Trained on whole actions of 16 frames; any T is taken. Nothing is averaged over positions, and over time only at
-    the end, so that left and right, before and after count. Norms are batch norms: each clip alone once in eval mode.
+    Trained on whole actions of 16 frames; any T is taken, but the further from that, the worse it judges. Nothing is
+    averaged over positions, and over time only at the end, so that left and right, before and after count. Norms are
+    batch norms: once in eval mode, each clip is judged alone.
     """
 
     def __init__(self) -> None:
