@@ -112,6 +112,11 @@ def test_openais_numbers_are_known_in_open_clips_files(
         load_clip(path, model=tiny.GELU)
 
 
+def test_openais_tensors_without_the_archive(tmp_path: Path, quick: Any, clips: Tensor) -> None:
+    torch.save(tiny.openai_state(quick), tmp_path / "state.pt")
+    require_same(load_clip(tmp_path / "state.pt"), quick, clips)
+
+
 def test_the_wrong_activation_would_be_seen(tmp_path: Path, quick: Any, gelu: Any, clips: Tensor) -> None:
     path = save(gelu, tmp_path / "laion.safetensors")
     require_same(load_clip(path, model=tiny.GELU), gelu, clips)
@@ -141,6 +146,8 @@ def test_the_config_beside_a_published_file_is_followed(tmp_path: Path, gelu: An
     describe(tmp_path, tiny.GELU)
     require_same(load_clip(path), gelu, clips)
     assert load_clip(path).model == tiny.GELU
+    with pytest.raises(UserError, match=f"another CLIP than {tiny.QUICK}"):
+        load_clip(path, model=tiny.QUICK)
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
     describe(tmp_path, tiny.GELU, mean=mean, std=std)
     wanted = by_open_clip(gelu, clips, PreprocessCfg(size=32, mean=mean, std=std))
@@ -176,6 +183,8 @@ def wrong_files(folder: Path, gelu: Any) -> dict[str, tuple[Path, str]]:
     tiny.write_archive(folder / "i3d.pt", {"conv3d_1a_7x7.weight": torch.zeros(2)})
     tiny.write_archive(folder / "traced.pt", dict(state))
     torch.save(torch.zeros(3), folder / "tensor.pt")
+    cut = {name: tensor for name, tensor in tiny.openai_state(tiny.make(tiny.QUICK)).items() if name != "ln_final.bias"}
+    tiny.write_archive(folder / "cut.pt", cut)
     whole = tiny.write_archive(folder / "whole.pt", {"x": torch.zeros(9)}).read_bytes()
     (folder / "archive.pt").write_bytes(whole.replace(b"constants.pkl", b"constants.xyz"))
     (folder / "text.pt").write_text("no weights")
@@ -187,6 +196,7 @@ def wrong_files(folder: Path, gelu: Any) -> dict[str, tuple[Path, str]]:
         "unknown size": (folder / "odd.safetensors", "a size that open_clip has no model of"),
         "another archive": (folder / "i3d.pt", "not of OpenAI's CLIP"),
         "traced": (folder / "traced.pt", "not of OpenAI's CLIP"),
+        "incomplete archive": (folder / "cut.pt", "lacks a tensor"),
         "damaged archive": (folder / "archive.pt", "cannot be read as a TorchScript archive"),
         "no state": (folder / "tensor.pt", "holds a Tensor"),
         "no weights": (folder / "text.pt", "cannot be read"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vdm.metrics.precision import full_precision, unit
+from vdm.metrics.precision import full_precision
 
 
 def test_what_was_set_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +21,3 @@ def test_what_was_set_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.is_grad_enabled()
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_unit_vectors() -> None:
-    torch.testing.assert_close(unit(torch.tensor([[3.0, 4.0], [0, -2]])), torch.tensor([[0.6, 0.8], [0, -1]]))
-    for bad in (0.0, torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="NaN, infinite or zero"):
-            unit(torch.full((2, 3), bad))

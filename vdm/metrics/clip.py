@@ -16,9 +16,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from vdm.errors import Failure, UserError
+from vdm.metrics.checks import require_frames, unit
 from vdm.metrics.clip_files import ClipNet, open_clip_net
 from vdm.metrics.clip_pixels import Fit, clip_pixels
-from vdm.metrics.precision import full_precision, require_frames, unit
+from vdm.metrics.precision import full_precision
 from vdm.weights import sha256
 
 CLIP_SCORE_PREFIX = "A photo depicts "  # what CLIPScore puts before each text; CLIPSIM takes it as it is
@@ -81,8 +82,9 @@ def load_clip(path: str | Path, *, model: str | None = None, fit: Fit = "crop", 
     """A CLIP from a file: OpenAI's .pt archive, or open_clip's .safetensors or .pt, in float32.
 
     `model` names the open_clip config where the file does not tell it: "ViT-B-32" has GELU, "ViT-B-32-quickgelu"
-    quick-GELU, and the wrong one is wrong in silence. `fit` is what becomes of frames that are not square, as in
-    `clip_pixels`. Raises UserError where the file is not there, or another, or fits two models.
+    quick-GELU, and the wrong one is wrong in silence. A file without the config of its makers is taken to want OpenAI's
+    normalisation, which most do. `fit` is what becomes of frames that are not square, as in `clip_pixels`. Raises
+    UserError where the file is not there, or another, or fits two models.
     """
     path = Path(path)
     if not path.is_file():

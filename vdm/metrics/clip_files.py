@@ -31,7 +31,7 @@ _DESCRIBED = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensor
 _OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")  # numbers among the tensors of OpenAI's archives
 _LINEAR = ("visual.conv1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight",
            "transformer.resblocks.0.mlp.c_fc.weight")  # fmt: skip
-_NOT_LINEAR = ("token_embedding.weight", "positional_embedding")
+_NOT_LINEAR = "token_embedding.weight"
 _VISION_SIZES = ("width", "layers", "patch_size", "image_size")
 _TEXT_SIZES = ("width", "layers", "context_length", "vocab_size")
 
@@ -61,8 +61,8 @@ def open_clip_net(path: Path, *, model: str | None = None) -> ClipNet:
     weights = open_weights(path).renamed(lambda name: name.removeprefix("module."))
     _require_clip(path, weights)
     config_file = path.with_name("open_clip_config.json")
-    if model is None and path.name in _DESCRIBED and config_file.is_file():
-        return _described(path, weights, config_file)
+    if path.name in _DESCRIBED and config_file.is_file():
+        return _described(path, weights, config_file, model)
     name = _choose(path, weights, model)
     bare = weights.renamed(lambda name: None if name in _OPENAI_ONLY else name)
     return _build(path, bare, open_clip.get_model_config(name), name)
@@ -90,14 +90,26 @@ def _open_archive(path: Path, model: str | None) -> ClipNet:
         weights = Weights.of(tensors)
         _require_clip(path, weights)
         name = _choose(path, weights, model)
-        net = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        try:
+            net = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        except (RuntimeError, KeyError, TypeError) as error:  # TypeError is how open_clip trips over a name it misses
+            raise UserError(
+                f"{path} lacks a tensor of OpenAI's CLIP, or has one too many; download it again"
+            ) from error
     return ClipNet(net.eval(), name, quick_gelu=True)
 
 
 def _require_clip(path: Path, weights: Weights) -> None:
     if any(name.startswith(("vision_model.", "text_model.")) for name in weights):
         raise UserError(f"{path} is a CLIP in transformers' layout, which open_clip does not read; give {GOOD_FILES}")
-    needed = (*_LINEAR, *_NOT_LINEAR, "visual.positional_embedding", "visual.proj", "text_projection")
+    needed = (
+        *_LINEAR,
+        _NOT_LINEAR,
+        "positional_embedding",
+        "visual.positional_embedding",
+        "visual.proj",
+        "text_projection",
+    )
     if missing := [name for name in needed if name not in weights]:
         raise UserError(
             f"{path} is no CLIP with a ViT in open_clip's layout: it has no {missing[0]}; give {GOOD_FILES}"
@@ -136,13 +148,13 @@ def _or_else(fitting: list[str]) -> str:
 
 
 def is_openai(weights: Mapping[str, Tensor]) -> bool:
-    """Whether these are OpenAI's numbers: linear layers in float16, also where stored in float32, and the rest not.
+    """Whether these are OpenAI's numbers: linear layers in float16, also where stored in float32, and the tokens not.
 
     Their networks were trained so; LAION's are float32 all through, and a file that was rounded is rounded all through.
     """
     if any(name in weights for name in _OPENAI_ONLY):
         return True
-    return all(_is_half(weights[name]) for name in _LINEAR) and not any(_is_half(weights[name]) for name in _NOT_LINEAR)
+    return all(_is_half(weights[name]) for name in _LINEAR) and not _is_half(weights[_NOT_LINEAR])
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -169,7 +181,7 @@ def _sizes_of(config: Mapping[str, Any]) -> tuple[object, ...]:
     return (config["embed_dim"], *map(vision.get, _VISION_SIZES), *map(text.get, _TEXT_SIZES))
 
 
-def _described(path: Path, weights: Weights, config_file: Path) -> ClipNet:
+def _described(path: Path, weights: Weights, config_file: Path, model: str | None) -> ClipNet:
     try:
         described = json.loads(config_file.read_text(encoding="utf-8"))
         config, pixels = described["model_cfg"], described.get("preprocess_cfg", {})
@@ -183,6 +195,8 @@ def _described(path: Path, weights: Weights, config_file: Path) -> ClipNet:
     if is_openai(weights) and not quick:
         raise UserError(f"{path} holds OpenAI's weights, but {config_file} lacks quick_gelu; download both again")
     names = [name for name in open_clip.list_models() if _same_net(open_clip.get_model_config(name), config)]
+    if model is not None and model not in names:
+        raise UserError(f"{config_file} describes another CLIP than {model}; leave the model's name out")
     return _build(path, weights, config, names[0] if names else config_file.name, mean=mean, std=std)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdm.metrics.bicubic import pillow_bicubic
-from vdm.metrics.precision import require_frames
+from vdm.metrics.checks import require_frames
 
 Fit = Literal["crop", "squash", "pad"]
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

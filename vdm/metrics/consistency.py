@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdm.metrics.precision import unit
+from vdm.metrics.checks import unit
 
 
 def subject_consistency(features: Tensor) -> Tensor:

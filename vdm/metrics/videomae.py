@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
-from vdm.metrics.precision import full_precision, require_frames
+from vdm.metrics.checks import require_frames
+from vdm.metrics.precision import full_precision
 from vdm.metrics.vit import Block
 from vdm.weights import SUFFIX, Weights, fill, open_weights, sha256
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm.errors import UserError
+from vdm.metrics.checks import require_frames, unit
 from vdm.metrics.clip_pixels import short_side
-from vdm.metrics.precision import full_precision, require_frames, unit
+from vdm.metrics.precision import full_precision
 from vdm.weights import fill, open_weights, sha256
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
