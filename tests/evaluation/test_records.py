@@ -84,6 +84,8 @@ def test_records_of_other_protocols_are_not_compared() -> None:
 def test_the_table_groups_what_is_said_of_several() -> None:
     records = [a_record(), a_record(name="kvd"), make_record(Record("is", None, status="skipped: needs x"), {})]
     text = table(records)
-    assert "| fvd | 1.5 | 1 to 2 | 0.1 | 3 | 8 | 9 | yes |" in text
-    assert "- is: skipped: needs x\n" in text and "- fvd, kvd: w\n" in text
+    assert "| fvd | 1.5 | 1 to 2 | - | 0.1 | 3 | 8 | 9 | yes |" in text
+    assert "- is: skipped: needs x\n" in text and "- all: w\n" in text
+    beside = replace(a_record(2.0), ceilings={"reference": 2.5}, warnings=("another",))
+    assert "| 2 | 1 to 2 | 0.5 |" in table([beside]) and "- fvd: another\n" in table([beside, records[1]])
     assert "skipped: needs x" in table(records[2:]) and "|" not in table(records[2:])

@@ -41,7 +41,7 @@ def judged(
     except Unmeasurable as problem:
         return skipped(metric, str(problem), protocol, weights=extractor.sha256)
     beside = _try(metric.measure, reference, reference) if metric.measure.one_sided else None
-    altered = {look: _try(metric.measure, theirs.side(metric.extractor, look), reference) for look in ALTERATIONS}
+    altered = {look: theirs.side(metric.extractor, look) for look in ALTERATIONS}
     record = Record(
         metric.name,
         found.value,
@@ -49,7 +49,7 @@ def judged(
         n_generated=found.count,
         n_reference=len(reference.clips) if not metric.measure.one_sided else beside.count if beside else 0,
         floor=_floor(metric.measure, reference, most=len(generated.clips)),
-        ceilings={name: one.value for name, one in {"reference": beside, **altered}.items() if one is not None},
+        ceilings=_ceilings(metric.measure, reference, altered, most=len(generated.clips)),
         valid=found.valid,
         warnings=tuple(_warnings(metric.measure, found, generated, reference, extractor.warning)),
         weights_sha256=extractor.sha256,
@@ -86,6 +86,17 @@ def _floor(measure: Measure, reference: Side, *, most: int) -> float | None:
     return abs(there.value - back.value) if measure.one_sided else there.value
 
 
+def _ceilings(measure: Measure, reference: Side, altered: Mapping[str, Side], *, most: int) -> dict[str, float]:
+    """The values of the reference and of the altered reference; of a distance, those of one altered half from the other
+    as it is, which the floor compares with: of the same clips altered it would be less than of others."""
+    looks = {"reference": reference, **altered} if measure.one_sided else dict(altered)
+    if not measure.one_sided:
+        looks = {name: halves(side, most=most)[0] for name, side in looks.items()}
+        reference = halves(reference, most=most)[1]
+    found = {name: _try(measure, side, reference) for name, side in looks.items()}
+    return {name: one.value for name, one in found.items() if one is not None}
+
+
 def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, about_weights: str) -> list[str]:
     told = [about_weights] if about_weights else []
     if not found.valid:
@@ -94,7 +105,7 @@ def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, 
         counts = f"{len(generated.clips)} generated and {len(reference.clips)} reference clips"
         told.append(f"{counts}: compare only with values of the same numbers")
     if not measure.one_sided and len(reference.clips) < 2 * len(generated.clips):
-        told.append(f"the floor is of {len(reference.clips) // 2} clips a side, and is higher than it would be of more")
+        told.append(f"floor and ceilings are of {len(reference.clips) // 2} clips a side; of more they would be lower")
     prompts = len({clip.prompt for clip in generated.clips})
     if isinstance(measure, PerClip) and not measure.share and prompts < FEW_PROMPTS:
         told.append(f"the interval is too narrow, being of {prompts} prompts only")

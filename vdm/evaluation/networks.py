@@ -19,6 +19,7 @@ from vdm.evaluation.extract import Opened, Rows
 from vdm.metrics.c3d import c3d_logits, load_c3d
 from vdm.metrics.clip import CLIP_SCORE_PREFIX, clip_score, clipsim, load_clip
 from vdm.metrics.consistency import background_consistency, subject_consistency
+from vdm.metrics.exact import full_precision
 from vdm.metrics.fvd import FVDProtocol, i3d_features, repeats
 from vdm.metrics.i3d import load_i3d
 from vdm.metrics.i3d_files import FVD, IMAGENET
@@ -111,7 +112,7 @@ def open_toy(path: Path | None, device: torch.device, shape: Shape) -> Opened:
 
     def row(clip: Tensor, prompt: str) -> Tensor:
         small = np.stack([resize(frame, SIZE, SIZE) for frame in clip[0].numpy()])
-        with torch.no_grad():
+        with full_precision(device):
             judged = net(torch.from_numpy(small)[None].to(device))
         return torch.cat([judged.features[0], judged.logits[0]])
 

@@ -96,8 +96,8 @@ def _records(content: Content) -> str:
 
 def _row(record: Record, metric: Metric) -> str:
     sentences = list(record.warnings)
-    if metric.better == "as the reference" and record.value is not None and "reference" in record.ceilings:
-        sentences.insert(0, f"{number(abs(record.value - record.ceilings['reference']))} from the reference")
+    if metric.better == "as the reference" and record.off is not None:
+        sentences.insert(0, f"{number(record.off)} off the reference")
     told = "".join(f"<br><small>{html.escape(sentence)}</small>" for sentence in sentences)
     invalid = "" if record.valid else ' <b class="bad">not valid</b>'
     return (

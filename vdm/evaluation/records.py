@@ -57,6 +57,12 @@ class Record:
     def ok(self) -> bool:
         return self.status == OK
 
+    @property
+    def off(self) -> float | None:
+        """How far the value is from the reference's own, which says more of what describes than that it is high."""
+        beside = self.ceilings.get("reference")
+        return None if beside is None or self.value is None else abs(self.value - beside)
+
 
 def make_record(record: Record, protocol: Protocol) -> Record:
     """A record with its protocol complete, and the hash of that."""
@@ -145,10 +151,10 @@ def table(records: Sequence[Record]) -> str:
     """The records as a Markdown table, and below it what was skipped, and the warnings."""
     ok = [record for record in records if record.ok]
     names = list(dict.fromkeys(name for record in ok for name in record.ceilings))
-    head = ["metric", "value", "95 %", "floor", *names, "clips", "reference", "valid"]
+    head = ["metric", "value", "95 %", "off the reference", "floor", *names, "clips", "reference clips", "valid"]
     rows = [
         [
-            record.metric, number(record.value), interval(record.ci95), number(record.floor),
+            record.metric, number(record.value), interval(record.ci95), number(record.off), number(record.floor),
             *(number(record.ceilings.get(name)) for name in names),
             str(record.n_generated), str(record.n_reference), "yes" if record.valid else "no",
         ]
@@ -156,13 +162,16 @@ def table(records: Sequence[Record]) -> str:
     ]  # fmt: skip
     lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)] if ok else []
     notes = _grouped([(record.status, record.metric) for record in records if not record.ok])
-    notes += _grouped([(warning, record.metric) for record in ok for warning in record.warnings])
+    notes += _grouped([(warning, record.metric) for record in ok for warning in record.warnings], num_all=len(ok))
     return "\n".join([*lines, "", *notes] if notes else lines) + "\n"
 
 
-def _grouped(told: Sequence[tuple[str, str]]) -> list[str]:
+def _grouped(told: Sequence[tuple[str, str]], *, num_all: int = 0) -> list[str]:
     """A line for each sentence, with all metrics that it is told of."""
     groups: dict[str, list[str]] = {}
     for sentence, metric in told:
         groups.setdefault(sentence, []).append(metric)
-    return [f"- {', '.join(metrics)}: {sentence}" for sentence, metrics in groups.items()]
+    return [
+        f"- {'all' if 1 < num_all == len(metrics) else ', '.join(metrics)}: {sentence}"
+        for sentence, metrics in groups.items()
+    ]
