@@ -25,13 +25,13 @@ from vdm.metrics.i3d import I3D, load_i3d
 from vdm.metrics.toy import SHIPPED
 
 CPU = torch.device("cpu")
-SHAPE = Shape(9, 8.0, 32, 32)
+SHAPE = Shape(9, 8.0, 40, 40)
 PROMPTS = ["a red ball", "a blue cup"]
 
 
-def clips(count: int = 2, *, num_frames: int = 9) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (count, num_frames, 32, 32, 3), dtype=np.uint8)
+def clips(count: int = 2) -> np.ndarray:
+    """Of another size than any of the networks takes."""
+    return np.random.default_rng(0).integers(0, 256, (count, 9, 40, 40, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_rows_of_i3d_are_its_logits(weights: Path) -> None:
     assert opened.protocol == wanted and "not byte for byte a published file" in opened.warning
     with pytest.raises(UserError, match="holds the weights of fvd, not of fvd_i3d_imagenet"):
         networks.open_i3d_imagenet(path, CPU, SHAPE)
-    assert networks.open_i3d(path, CPU, Shape(8, 8.0, 32, 32)).protocol["repeat"] == 2
+    assert networks.open_i3d(path, CPU, Shape(8, 8.0, 40, 40)).protocol["repeat"] == 2
 
 
 @pytest.mark.skipif(not SHIPPED.is_file(), reason=f"{SHIPPED.name} does not come with this vdm")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from vdm.data.mini_something import write_ssv2
 from vdm.data.video import read_clip
 from vdm.metrics.similarity import frame_ssim
 from vdm.metrics.toy import SHIPPED
@@ -25,9 +26,10 @@ needs_classifier = pytest.mark.skipif(not SHIPPED.is_file(), reason=f"{SHIPPED.n
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, shell: Command) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `vdm data synth` writes."""
     folder = tmp_path_factory.mktemp("evaluate") / "reference"
-    assert shell("-m", "vdm", "data", "synth", folder, "--num_clips", "12", "--seed", "3").code == 0
+    write_ssv2(folder, num_clips=6, size=64, num_frames=16, fps=8.0, seed=3)
     return folder
 
 
@@ -78,7 +80,7 @@ def test_real_clips_against_themselves(itself: Path) -> None:
     assert fvd["status"].startswith("skipped: needs i3d_torchscript.pt, put it at weights/i3d_torchscript.pt")
     lines = [json.loads(line) for line in (itself / "per_clip.jsonl").read_text().splitlines()]
     assert all(line["distance"] == 0.0 for line in lines if line["side"] == "generated"), "every one is a copy"
-    assert "12 of 12 generated clips are nearer" in (itself / "report.html").read_text()
+    assert "6 of 6 generated clips are nearer" in (itself / "report.html").read_text()
 
 
 @needs_classifier
@@ -89,7 +91,7 @@ def test_distances_of_a_set_from_itself(itself: Path) -> None:
     assert not found["fvd_toy"]["valid"] and "fewer clips than features" in " ".join(found["fvd_toy"]["warnings"])
     assert found["kvd_toy"]["value"] < min(found["kvd_toy"]["ceilings"].values())
     assert found["is_toy"]["value"] == pytest.approx(found["is_toy"]["ceilings"]["reference"], rel=1e-9)
-    assert 1.0 <= found["is_toy"]["value"] <= 12.0
+    assert 1.0 <= found["is_toy"]["value"] <= 6.0
 
 
 def test_bad_clips_are_named_and_left_out(command: Command, reference: Path, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_bad_clips_are_named_and_left_out(command: Command, reference: Path, tmp
     )
     assert command("vdm", "evaluate", *words).code == 0
     record = records(tmp_path / "out")["frame_ssim"]
-    assert (record["n_generated"], record["n_reference"]) == (11, 11)
+    assert (record["n_generated"], record["n_reference"]) == (5, 5)
     told = " ".join(record["warnings"])
     assert "00004.mp4 cannot be read" in told and f"{first.stem} cannot be read" in told
     assert record["protocol"]["warnings"] == record["warnings"]
@@ -124,7 +126,7 @@ def test_prompts_that_do_not_match_the_files_are_refused(command: Command, refer
     words = ("--generated", samples, "--reference", reference, "--output_dir", tmp_path / "out")
     lines = (samples / "samples.jsonl").read_text().splitlines()
     (samples / "samples.jsonl").write_text("\n".join(lines[:-1]))
-    assert "holds 00011.mp4 without a prompt in samples.jsonl" in command("vdm", "evaluate", *words).error
+    assert "holds 00005.mp4 without a prompt in samples.jsonl" in command("vdm", "evaluate", *words).error
     (samples / "samples.jsonl").write_text("\n".join([*lines, lines[0].replace("00000", "00099")]))
     assert "names 00099.mp4, which is not in" in command("vdm", "evaluate", *words).error
     (samples / "samples.jsonl").write_text("\n".join(lines))
@@ -135,21 +137,22 @@ def test_prompts_that_do_not_match_the_files_are_refused(command: Command, refer
 
 def test_two_runs_are_compared(command: Command, itself: Path, reference: Path, tmp_path: Path) -> None:
     samples = as_samples(reference, tmp_path / "samples")
-    for name in ("00003.mp4", "00007.mp4"):
+    for name in ("00003.mp4", "00005.mp4"):
         shutil.copy(itself.parent / "samples" / name, samples / f"swap-{name}")
-    (samples / "swap-00003.mp4").replace(samples / "00007.mp4")
-    (samples / "swap-00007.mp4").replace(samples / "00003.mp4")
+    (samples / "swap-00003.mp4").replace(samples / "00005.mp4")
+    (samples / "swap-00005.mp4").replace(samples / "00003.mp4")
     words = ("--generated", samples, "--reference", reference, "--output_dir", tmp_path / "out")
     assert command("vdm", "evaluate", *words, "--metrics", "frame_ssim,action_accuracy").code == 0
     result = command("vdm", "evaluate", "--compare", itself, tmp_path / "out", "--output_dir", tmp_path / "compared")
-    assert result.code == 0 and "| frame_ssim | out |" in result.out and "12 pairs" in result.out
+    assert result.code == 0 and f"| frame_ssim | {tmp_path}/out |" in result.out and "6 pairs" in result.out
     found = {one["metric"]: one for one in json.loads((tmp_path / "compared" / "compare.json").read_text())}
     assert found["frame_ssim"]["difference"] == pytest.approx(0.0, abs=1e-12), "the same clips, under other prompts"
-    assert found["action_accuracy"]["difference"] <= 0.0 and found["frame_ssim"]["num_pairs"] == 12
+    assert found["action_accuracy"]["difference"] <= 0.0 and found["frame_ssim"]["num_pairs"] == 6
 
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     words = ("--generated", samples, "--reference", reference, "--output_dir", tmp_path / "other")
     assert command("vdm", "evaluate", *words, "--metrics", "frame_ssim", "--split", "train").code == 0
+    assert records(tmp_path / "other")["frame_ssim"]["n_reference"] == 5, "one is for validation"
     result = command("vdm", "evaluate", "--compare", tmp_path / "out", tmp_path / "other")
     assert "frame_ssim was not measured alike" in result.error and "split all and train" in result.error
     assert len(content) == 2

@@ -99,7 +99,7 @@ def table(found: Sequence[Difference]) -> str:
     head = ["metric", "run", "first", "this", "difference", "95 %", "clips", ""]
     rows = [
         [
-            one.metric, Path(one.other).name, number(one.value_first), number(one.value_other),
+            one.metric, one.other, number(one.value_first), number(one.value_other),
             f"{one.difference:+.4g}" + ("*" if one.ci95 and not one.ci95[0] <= 0 <= one.ci95[1] else ""),
             interval(one.ci95), "unpaired" if one.num_pairs is None else f"{one.num_pairs} pairs", one.note,
         ]
