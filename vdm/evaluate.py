@@ -138,7 +138,7 @@ def _protocol(listed: Listed, split: str) -> dict[str, object]:
         "width": shape.width,
         "codec": f"generated {clips.suffixes(listed.generated)}, reference {clips.suffixes(listed.reference)}",
         "window": "generated: all frames; reference: the middle, at the fps, length and size of those generated",
-        "split": split,
+        "split": f"{split}, the {clips.MOST_REFERENCE} clips with the smallest hashes at most",
         "alterations": f"frozen, shuffled, noise of {NOISE:g} grey levels",
         "seed": SEED,
         "ids_sha256": digest([clip.id for clip in listed.reference]),

@@ -124,6 +124,9 @@ def test_a_reference_clip_is_read_as_those_generated_are(tmp_path: Path) -> None
     write_video(tmp_path / "c.mp4", frames(3), fps=8.0)
     same = clip_of(tmp_path / "c.mp4")
     assert np.array_equal(read_reference(same, SHAPE), read_generated(same, SHAPE)), "the same file, the same frames"
+    write_video(tmp_path / "d.mp4", steps, fps=6.0)
+    with pytest.raises(BadClip, match="d.mp4 has 6 frames a second, and 8 are needed"):
+        read_reference(clip_of(tmp_path / "d.mp4"), SHAPE)
     write_video(tmp_path / "b.mp4", steps[:6], fps=24.0)
     with pytest.raises(BadClip, match="b.mp4 is too short for 4 frames at 8 fps"):
         read_reference(clip_of(tmp_path / "b.mp4"), SHAPE)

@@ -18,6 +18,7 @@ from vdm.errors import UserError
 from vdm.files import in_words, is_file, names_in
 
 MOST_REFERENCE = 2048  # clips; what FVD is mostly reported with
+SLOWEST = 0.9  # of the frame rate of those generated that a reference clip may have
 SAMPLES = "samples.jsonl"
 FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "file": str, "prompt": str, "seed": int, "num_frames": int, "height": int, "width": int, "fps": (int, float),
@@ -200,8 +201,12 @@ def read_generated(clip: Clip, shape: Shape) -> Frames:
 
 
 def read_reference(clip: Clip, shape: Shape) -> Frames:
-    """uint8 (T,H,W,3): the middle of a clip at the frame rate, length and size of those generated. Raises BadClip."""
-    frames, _ = _read(clip, Window(shape.fps, shape.num_frames, 0.5, "drop"))
+    """uint8 (T,H,W,3): the middle of a clip at the frame rate, length and size of those generated. Raises BadClip, also
+    where the clip's own frame rate is lower: it would stand still now and then."""
+    frames, times = _read(clip, Window(shape.fps, shape.num_frames, 0.5, "drop"))
+    rate = (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else shape.fps
+    if rate < SLOWEST * shape.fps:
+        raise BadClip(f"{clip.id} has {rate:.3g} frames a second, and {shape.fps:g} are needed")
     same = frames.shape[1:3] == (shape.height, shape.width)
     return frames if same else resize_crop(frames, Crop(shape.height, shape.width))
 
