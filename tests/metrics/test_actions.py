@@ -15,6 +15,7 @@ import pytest
 
 from vdm.data.casting import compose
 from vdm.data.dataset import VALIDATION_OFFSET
+from vdm.data.drawing import SHAPE_ART, Canvas
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.metrics.actions import judge
 from vdm.vocabulary import ACTIONS, COLOURS
@@ -145,6 +146,27 @@ def test_what_moves_by_itself_shows_no_action() -> None:
     assert verdict.colours == ("green",)
 
 
+def test_frames_out_of_order_show_no_action() -> None:
+    clip = sliding("green", towards=1, hand=-1)
+    order = [0, 1, 9, 3, 12, 5, 10, 2, 13, 6, 8, 4, 11, 7, 14, 15]  # it starts and ends where it should
+    verdict = judge(clip[order])
+    assert (verdict.action, verdict.direction) == (None, "right")
+
+
+@pytest.mark.parametrize(("turns", "action"), [(1, "turn_upside_down"), (0, None)])
+def test_lifting_a_cup_for_a_moment_is_not_turning_it(turns: int, action: str | None) -> None:
+    clip = np.full((16, 64, 64, 3), 140, np.uint8)
+    for t, frame in enumerate(clip):
+        s = min(max((t - 3) / 9, 0), 1)
+        at = np.array([28, 44 - 9 * np.sin(np.pi * s)])
+        cv2.rectangle(frame, (37, int(at[1]) - 3), (60, int(at[1]) + 3), paint(13, 95), -1)
+        colour = (30.0, 60.0, 220.0)
+        Canvas(frame, None).paint(
+            SHAPE_ART["cup"], at=at, size=np.array([18, 17]), degrees=180 * s * turns, paints=(colour, colour), label=1
+        )
+    assert judge(clip).action == action
+
+
 def test_what_vanishes_is_not_covered() -> None:
     clip = frozen(sliding("blue", towards=1, hand=-1))
     clip[8:] = 140
@@ -194,7 +216,7 @@ def test_aims_on_real_clips(size: int, aim: float) -> None:
 
 @pytest.mark.slow
 def test_aims_without_motion_and_metamorphic() -> None:
-    clips = many(64)
+    clips = many(64)[:300]
     assert accuracy(clips, frozen) < 0.15
     assert accuracy(clips, shuffled) < 0.45
     mirrored = [judge(c.frames[:, :, ::-1]).action == MIRRORED.get(c.action, c.action) for c in clips]
@@ -205,7 +227,7 @@ def test_aims_without_motion_and_metamorphic() -> None:
 
 @pytest.mark.slow
 def test_aims_on_damaged_clips() -> None:
-    clips, rng = many(64)[:250], np.random.default_rng(0)
+    clips, rng = many(64)[:150], np.random.default_rng(0)
 
     def noisy(clip: np.ndarray) -> np.ndarray:
         return np.clip(np.rint(clip + rng.normal(0, 8, clip.shape)), 0, 255).astype(np.uint8)

@@ -21,8 +21,8 @@ RULES_VERSION = 1
 THING_AREA = 0.01  # of the frame, where it looks largest
 STEP = 0.12  # of the frame: the least way that counts
 TOGETHER_STEP = 0.06  # the same for each of two things
-THROW = 0.2  # the least height
-STILL = 0.06
+THROW = 0.2  # of the frame: the least height
+STILL = 0.06  # of the frame: the most that counts as none
 GROWTH = 0.3  # in log size: 1.35 times as large
 TURNED_RISE, TURN = 0.05, 0.1  # how high it is lifted for that, and the change of looks
 TOUCHED = 0.5  # the least share of the frames
@@ -47,6 +47,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Thing:
+    """One coloured thing: where it is, how a hand is to it, what becomes of it."""
+
     track: Track
     grasp: Grasp
     motion: Motion
@@ -64,16 +66,11 @@ def judge(clip: np.ndarray) -> Verdict:
     things = _find_things(segments, hands)
     if not things:
         return Verdict(None, None, (), (), ())
-    first, *others = things
     pair = _pair(things)
-    acted, action, direction = (
-        (pair, _act_on_two(pair), _turn_of_two(pair))
-        if pair
-        else ([first], _act(first, segments, hands), _direction(first.motion))
-    )
+    acted = pair or things[:1]
     return Verdict(
-        action=action,
-        direction=direction,
+        action=_act_on_two(pair) if pair else _act(things[0], segments, hands),
+        direction=_way_of_two(pair) if pair else _direction(things[0].motion),
         colours=tuple(NAMES[thing.track.label - 1] for thing in acted),
         shapes=tuple(_shape(thing, segments, hands) for thing in acted),
         found=tuple(NAMES[thing.track.label - 1] for thing in things),
@@ -108,7 +105,7 @@ def _pair(things: list[Thing]) -> list[Thing]:
     return [left, right] if opposite and not left.motion.gone and not right.motion.gone else []
 
 
-def _turn_of_two(pair: list[Thing]) -> str:
+def _way_of_two(pair: list[Thing]) -> str:
     return "together" if pair[0].motion.right > 0 else "apart"
 
 
@@ -117,7 +114,7 @@ def _act_on_two(pair: list[Thing]) -> str | None:
     touched = all(thing.motion.contact >= TOUCHED for thing in pair)
     if not steady or not touched:
         return None
-    return "move_closer" if _turn_of_two(pair) == "together" else "move_apart"
+    return "move_closer" if _way_of_two(pair) == "together" else "move_apart"
 
 
 # ---- one thing ----
@@ -193,11 +190,8 @@ def _lift(m: Motion, direction: str) -> str | None:
 def _looks(thing: Thing, frames: list[int], segments: Segments, hands: np.ndarray) -> np.ndarray:
     """Mean resemblance to each shape, upright and upside down, over these frames: (5,2)."""
     masks, saturation, value = thing.track.masks, segments.saturation, segments.value
-    looks = [
-        resemblance(masks[t], saturation=saturation[t], value=value[t], hidden=hands[t] > 0)  # one frame
-        for t in frames
-    ]
-    return np.mean(looks, axis=0)
+    looks = (resemblance(masks[t], saturation=saturation[t], value=value[t], hidden=hands[t] > 0) for t in frames)
+    return np.mean(list(looks), axis=0)
 
 
 def _turned(thing: Thing, segments: Segments, hands: np.ndarray) -> bool:

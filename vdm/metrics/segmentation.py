@@ -6,6 +6,7 @@ with what is beside it. Hues of the hand stay with the hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ HUE_MARGIN = 3
 OBJECT_SATURATION, OBJECT_VALUE = 112, 45
 HAND_SATURATION, HAND_VALUE = (HAND_SATURATIONS[0] + 8, HAND_SATURATIONS[1] + 8), 60  # warm tables come up to its 50
 WHITE_SATURATION, WHITE_VALUE = 45, 180
-BLUR = 0.9  # pixels, against noise
+BLUR = 0.9 / 64  # of the shorter side, against noise
 LARGEST = 128  # pixels of the shorter side: more show nothing more, and take longer
 
 
@@ -54,7 +55,9 @@ def segment(clip: np.ndarray) -> Segments:
         size = round(clip.shape[2] * shrink), round(clip.shape[1] * shrink)
         clip = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in clip])
     frames, height, width, _ = clip.shape
-    smooth = np.concatenate([cv2.GaussianBlur(frame, (3, 3), BLUR) for frame in clip])
+    sigma = BLUR * min(height, width)
+    window = (2 * math.ceil(sigma) + 1,) * 2
+    smooth = np.concatenate([cv2.GaussianBlur(frame, window, sigma) for frame in clip])
     hue, saturation, value = cv2.split(cv2.cvtColor(smooth, cv2.COLOR_RGB2HSV))
     skin = (saturation >= HAND_SATURATION[0]) & (saturation <= HAND_SATURATION[1]) & (value >= HAND_VALUE)
     labels = cv2.LUT(hue, SKIN) * skin

@@ -146,12 +146,12 @@ def eighth(frames: int) -> int:
 def measure(track: Track, grasp: Grasp, labels: np.ndarray) -> Motion:
     """The motion of a thing that is seen in at least one frame."""
     frames, seen, k = len(labels), np.flatnonzero(track.seen), eighth(len(labels))
-    path = _smooth(np.column_stack([track.at[seen], np.log(track.area[seen]) / 2]))
     raw = np.column_stack([track.at[seen], np.log(track.area[seen]) / 2])
+    path = _smooth(raw)
     first, last = np.median(raw[:k], axis=0), np.median(raw[-k:], axis=0)
     ways = np.abs(np.diff(path, axis=0)).sum(axis=0)
     net = last - first
-    gone = seen[-1] < frames - k and not np.diff(seen[seen >= seen[0]], prepend=seen[0] - 1).max() > 1
+    gone = seen[-1] < frames - k and len(seen) == seen[-1] - seen[0] + 1  # and it did not come and go before
     gaps = grasp.gap[seen]
     moving = _moving(raw[:, :2])
     sides = grasp.beside[seen, 0][moving]
