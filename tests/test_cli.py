@@ -134,7 +134,7 @@ def test_overrides_and_flags_may_be_mixed(
         ),
         (sample_command, [f"--{name} {value}" for name, value in SAMPLE_FLAGS.items()]),
         (sample_command, ("--num_inference_steps", "--num-inference-steps", "--output-dir", "results/samples")),
-        (vdm_command, ("data", "evaluate", "convert", "report", "there yet")),
+        (vdm_command, ("data", "evaluate", "convert", "report", "--help of its own")),
     ],
 )
 def test_help_is_complete(

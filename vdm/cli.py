@@ -179,19 +179,24 @@ def _sample_parser() -> Parser:
     return parser
 
 
-LATER = ("evaluate",)
-COMMANDS = "the commands of vdm: data synth|check|view|cache, convert, report (train.py trains, sample.py samples)"
+COMMANDS = (
+    "the commands of vdm: data synth|check|view|cache, convert, evaluate, report (train.py trains, sample.py samples)"
+)
 
 
 def vdm_command(arguments: Sequence[str]) -> None:
     """`vdm` and `python -m vdm`"""
     parser = Parser(prog="vdm", description=COMMANDS)
-    parser.add_argument("command", choices=("data", "convert", "report", *LATER), help="evaluate is not there yet")
+    commands = {
+        "convert": _convert_command,
+        "data": _data_command,
+        "evaluate": _evaluate_command,
+        "report": _report_command,
+    }
+    parser.add_argument("command", choices=tuple(commands), help="each has a --help of its own")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help, vdm convert --help")
     options = parser.parse_args(arguments)
-    if options.command in LATER:
-        raise UserError(f"vdm {options.command} is not there yet")
-    {"convert": _convert_command, "data": _data_command, "report": _report_command}[options.command](options.rest)
+    commands[options.command](options.rest)
 
 
 def _report_command(arguments: Sequence[str]) -> None:
@@ -203,6 +208,12 @@ def _report_command(arguments: Sequence[str]) -> None:
     from vdm.report import write_report
 
     print(f"wrote {write_report(options.run, options.output)}; open it in a browser")
+
+
+def _evaluate_command(arguments: Sequence[str]) -> None:
+    from vdm.evaluation.command import evaluate_command
+
+    evaluate_command(arguments)
 
 
 def _convert_command(arguments: Sequence[str]) -> None:

@@ -231,7 +231,13 @@ def test_sample_refuses_a_checkpoint_that_is_not_what_its_manifest_says(
     [
         ("", "arguments are required: command"),
         ("bogus", "invalid choice: 'bogus'"),
-        ("evaluate --generated a --reference b", "vdm evaluate is not there yet"),
+        ("evaluate", "vdm evaluate needs --generated DIR"),
+        ("evaluate --generated PLACE/videos", "vdm evaluate needs --reference DIR"),
+        ("evaluate --generated PLACE/nowhere --reference b", "nowhere has no samples.jsonl"),
+        ("evaluate --generated a --reference b --metrics fid", "no metric 'fid'; did you mean"),
+        ("evaluate --generated a --reference b --selftest", "are three things; ask for one"),
+        ("evaluate --compare PLACE/empty PLACE/videos", "empty holds no metrics.json"),
+        ("evaluate --compare PLACE/empty", "two different folders or more"),
         ("convert PLACE/nowhere b --to diffusers", "checkpoint .*nowhere does not exist"),
         ("report PLACE/nowhere", "nowhere is not of a run, for it is not a folder"),
         ("report PLACE/empty", "empty is not of a run, for it holds no log.jsonl; name the folder"),
@@ -267,7 +273,7 @@ def test_the_exit_code_of_the_processes(shell: Command, tmp_path: Path) -> None:
     for arguments, sentence in (
         (("train.py", TINY, f"run_dir={tmp_path}/run", "training.bach_size=2"), "did you mean|batch_size"),
         (("sample.py", "--sampler", "euler"), "invalid choice: 'euler'"),
-        (("-m", "vdm", "evaluate"), "vdm evaluate is not there yet"),
+        (("-m", "vdm", "evaluate"), "vdm evaluate needs --generated DIR"),
     ):
         result = shell(*arguments)
         assert_says(result.error, sentence)

@@ -1,0 +1,174 @@
+"""`vdm evaluate`: a sample folder and a reference to records, tables and one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vdm import __version__, dist
+from vdm.errors import UserError
+from vdm.evaluation import clips, judging, verdicts
+from vdm.evaluation.altered import ALTERATIONS, NOISE, SEED, as_it_is
+from vdm.evaluation.catalogue import Metric, chosen
+from vdm.evaluation.clips import Clip, Shape
+from vdm.evaluation.extract import Extracted, Opened, Task, extract
+from vdm.evaluation.extractors import EXTRACTORS, THUMBNAIL
+from vdm.evaluation.judging import Judged
+from vdm.evaluation.page import Confusion, Content, write_page
+from vdm.evaluation.per_clip import Line, lines_of, write_per_clip
+from vdm.evaluation.records import Record, digest, table, write_records
+from vdm.files import replacing
+
+TABLE = "metrics.md"
+REMEDY = "choose another --output_dir"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate, by what; `metrics` None is all, `split` is train, validation or all of the reference."""
+
+    generated: Path
+    reference: Path
+    output_dir: Path = Path("results/metrics")
+    metrics: tuple[str, ...] | None = None
+    weights_dir: Path = Path("weights")
+    split: str = "all"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Both sides before a frame is decoded, and sentences on clips that are listed but cannot be had."""
+
+    generated: Sequence[Clip]
+    reference: Sequence[Clip]
+    shape: Shape
+    notes: Sequence[str]
+
+
+def evaluate(request: Request) -> list[Record]:
+    """Measure, and write metrics.json, metrics.md, per_clip.jsonl and report.html; returns the records.
+
+    Where torchrun has started several processes they share the clips, and the main one writes what one alone would
+    have; the others return nothing. Raises UserError before anything is decoded where folders or names are wrong, and
+    where too few clips are good.
+    """
+    metrics = chosen(request.metrics)
+    generated, shape = clips.generated_clips(request.generated)
+    reference, notes = clips.reference_clips(request.reference, split=request.split)
+    listed = Listed(generated, reference, shape, notes)
+    _require_writable(request.output_dir)
+    with dist.together():
+        opened, missing = _opened(metrics, request.weights_dir, shape)
+        ours, theirs = _extracted(listed, opened, request.output_dir / "cache")
+        _require_clips(ours, theirs, shape)
+        if not dist.is_main():
+            return []
+        base = _protocol(listed, request.split)
+        notes = [*notes, *(problem for side in (ours, theirs) for _, problem in side.problems)]
+        found = [
+            judging.with_notes(_judged(metric, opened, missing, ours, theirs, base=base), notes) for metric in metrics
+        ]
+        _write(request.output_dir, metrics, found, ours, theirs, shape)
+        return [one.record for one in found]
+
+
+def _require_writable(folder: Path) -> None:
+    """What cannot be written is better said before than after."""
+    if dist.is_main():
+        probe = folder / ".probe"
+        with replacing(probe, remedy=REMEDY) as file:
+            file.touch()
+        probe.unlink()
+
+
+def _opened(metrics: Sequence[Metric], weights_dir: Path, shape: Shape) -> tuple[dict[str, Opened], dict[str, str]]:
+    """The extractors that the metrics read, opened, and for the others what they lack."""
+    opened, missing = {}, {}
+    for name in dict.fromkeys([THUMBNAIL, *(metric.extractor for metric in metrics)]):
+        extractor = EXTRACTORS[name]
+        if lack := extractor.missing(weights_dir, shape):
+            missing[name] = lack
+        else:
+            opened[name] = extractor.open(extractor.find(weights_dir), dist.device(), shape)
+    return opened, missing
+
+
+def _extracted(listed: Listed, opened: Mapping[str, Opened], cache: Path) -> tuple[Extracted, Extracted]:
+    looks = {"": as_it_is, **ALTERATIONS}
+    ours = Task("generated", listed.generated, clips.read_generated)
+    theirs = Task("reference", listed.reference, clips.read_reference, looks)
+    return (
+        extract(ours, listed.shape, opened, cache=cache),
+        extract(theirs, listed.shape, opened, cache=cache),
+    )
+
+
+def _require_clips(ours: Extracted, theirs: Extracted, shape: Shape) -> None:
+    for side, least, name in ((ours, 1, "generated"), (theirs, 2, "reference")):
+        if len(side.clips) < least:
+            raise UserError(
+                f"{len(side.clips)} of {len(side.clips) + len(side.problems)} {name} clips can be read as {shape}, "
+                f"too few to evaluate ({side.problems[0][1]}); choose another folder"
+            )
+
+
+def _judged(
+    metric: Metric,
+    opened: Mapping[str, Opened],
+    missing: Mapping[str, str],
+    ours: Extracted,
+    theirs: Extracted,
+    *,
+    base: Mapping[str, object],
+) -> Judged:
+    if metric.extractor in missing:
+        return judging.skipped(metric, missing[metric.extractor], base)
+    return judging.judged(metric, opened[metric.extractor], ours, theirs, base=base)
+
+
+def _protocol(listed: Listed, split: str) -> dict[str, object]:
+    """What all records have in common."""
+    shape = listed.shape
+    return {
+        "T": shape.num_frames,
+        "fps": shape.fps,
+        "stride": 1,
+        "height": shape.height,
+        "width": shape.width,
+        "codec": f"generated {clips.suffixes(listed.generated)}, reference {clips.suffixes(listed.reference)}",
+        "window": "generated: all frames; reference: the middle, at the fps, length and size of those generated",
+        "split": f"{split}, the {clips.MOST_REFERENCE} clips with the smallest hashes at most",
+        "alterations": f"frozen, shuffled, noise of {NOISE:g} grey levels",
+        "seed": SEED,
+        "ids_sha256": digest([clip.id for clip in listed.reference]),
+        "code_version": __version__,
+    }
+
+
+def _write(
+    folder: Path,
+    metrics: Sequence[Metric],
+    found: Sequence[Judged],
+    ours: Extracted,
+    theirs: Extracted,
+    shape: Shape,
+) -> None:
+    records = [one.record for one in found]
+    lines: list[Line] = [
+        *lines_of("generated", {one.record.metric: one.generated for one in found}, ours, theirs),
+        *lines_of("reference", {one.record.metric: one.reference for one in found}, theirs, theirs),
+    ]
+    write_per_clip(folder, lines)
+    with replacing(folder / TABLE, remedy=REMEDY) as file:
+        file.write_text(table(records), encoding="utf-8")
+    write_page(folder, Content(records, metrics, lines, ours.clips, theirs.clips, shape, _confusion(ours)))
+    write_records(folder, records)
+
+
+def _confusion(ours: Extracted) -> Confusion | None:
+    """None where actions were not judged, or no prompt asks for one."""
+    if ("", "judge") not in ours.rows:
+        return None
+    rows, columns, counts = verdicts.confusion(ours.side("judge"))
+    return Confusion(rows, columns, counts) if counts.any() else None

@@ -1,0 +1,123 @@
+"""Every metric by name: whose rows it reads, what it makes of them, and which way is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from vdm.errors import UserError, nearest
+from vdm.evaluation.matching import r_precision
+from vdm.evaluation.measures import ALL, SEED, Columns, Distance, Measure, PerClip, Score, column
+from vdm.evaluation.networks import CLIP_COLUMNS
+from vdm.evaluation.pixels import FLOW_COLUMNS, FRAME_COLUMNS
+from vdm.evaluation.verdicts import marked
+from vdm.metrics.frechet import frechet_distance, frechet_infinity, kernel_distance
+from vdm.metrics.inception import inception_score
+from vdm.metrics.toy import FEATURES
+
+Better = Literal["higher", "lower", "as the reference"]
+HIGHER: Better = "higher"
+LOWER: Better = "lower"
+ALIKE: Better = "as the reference"
+UNBIASED = {"cov": "unbiased"}
+KERNEL = {"kernel": "(x.y / D + 1)^3, unbiased"}
+CANDIDATES = {"candidates": "own prompt and 99 of other templates, of both sides"}
+LOGITS, VIDEOMAE = 400, 1408  # features of I3D, and of VideoMAE-v2-g
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`about` is a line for the report; `protocol` what the record says beyond the extractor's own."""
+
+    name: str
+    extractor: str
+    measure: Measure
+    better: Better
+    about: str
+    protocol: Mapping[str, object] = field(default_factory=dict)
+
+
+def _fvd_inf(x: Tensor, y: Tensor) -> float:
+    return frechet_infinity(x, y, seed=SEED)
+
+
+def _is(logits: Tensor) -> float:
+    return inception_score(logits)[0]
+
+
+def _is_of_ten(logits: Tensor) -> float:
+    return inception_score(logits, splits=10, seed=SEED)[0]
+
+
+def _frechet(num_features: int, columns: Columns = ALL) -> Distance:
+    return Distance(frechet_distance, columns, trusted=num_features)
+
+
+def _retrieved(at: int) -> PerClip:
+    return PerClip(r_precision(len(CLIP_COLUMNS), at=at), share=True)
+
+
+_frames = {name: column(i) for i, name in enumerate(FRAME_COLUMNS)}
+_flows = {name: column(i, share=name == "dynamic_degree") for i, name in enumerate(FLOW_COLUMNS)}
+_clip = {name: column(i) for i, name in enumerate(CLIP_COLUMNS)}
+_toy: Columns = (0, FEATURES)
+
+_ALL = (
+    Metric("fvd", "i3d", _frechet(LOGITS), LOWER, "Frechet distance of I3D's logits", UNBIASED),
+    Metric(
+        "fvd_inf", "i3d", Distance(_fvd_inf, least=3 * LOGITS, trusted=3 * LOGITS, certain=False), LOWER,
+        "the same for endless sets", UNBIASED,
+    ),
+    Metric("kvd", "i3d", Distance(kernel_distance), LOWER, "kernel distance of I3D's logits; for few clips", KERNEL),
+    Metric("fvd_rep2", "i3d_rep2", _frechet(LOGITS), LOWER, "FVD of short clips with each frame shown twice", UNBIASED),
+    Metric("kvd_rep2", "i3d_rep2", Distance(kernel_distance), LOWER, "kernel distance of the same", KERNEL),
+    Metric("fvd_i3d_imagenet", "i3d_imagenet", _frechet(LOGITS), LOWER, "by weights from ImageNet on", UNBIASED),
+    Metric("fvd_videomae", "videomae", _frechet(VIDEOMAE), LOWER, "content-debiased FVD, by VideoMAE", UNBIASED),
+    Metric("kvd_videomae", "videomae", Distance(kernel_distance), LOWER, "kernel distance by the same", KERNEL),
+    Metric("is", "c3d", Score(_is), HIGHER, "Inception score by C3D of UCF-101, 1 to 101; one split"),
+    Metric("is_10_splits", "c3d", Score(_is_of_ten, least=10), HIGHER, "mean of 10 shares of the clips"),
+    Metric("is_i3d_k400", "i3d", Score(_is), HIGHER, "Inception score by I3D, 1 to 400; one split"),
+    Metric("clipsim", "clip", _clip["clipsim"], HIGHER, "mean cosine of frames and prompt, by CLIP"),
+    Metric("clip_score", "clip", _clip["clip_score"], HIGHER, "2.5 max(cosine, 0), with the prefix A photo depicts"),
+    Metric("r_precision", "clip", _retrieved(1), HIGHER, "own prompt first of 100; by chance 0.01", CANDIDATES),
+    Metric("r_precision_5", "clip", _retrieved(5), HIGHER, "own prompt among the first 5; by chance 0.05", CANDIDATES),
+    Metric("r_precision_10", "clip", _retrieved(10), HIGHER, "own prompt among the first 10; by chance .1", CANDIDATES),
+    Metric("subject_consistency", "dino", column(0), HIGHER, "DINO's likeness to first and last frame; a still has 1"),
+    Metric(
+        "background_consistency", "clip", _clip["background_consistency"], HIGHER, "CLIP's; a still has 1",
+        {"interp": "bicubic"},
+    ),
+    Metric("frame_ssim", "frames", _frames["frame_ssim"], ALIKE, "SSIM of consecutive frames; a still has 1"),
+    Metric("flicker", "frames", _frames["flicker"], ALIKE, "1 - mean difference of consecutive frames; a still has 1"),
+    Metric("motion_energy", "frames", _frames["motion_energy"], ALIKE, "mean difference of consecutive frames, 0 to 1"),
+    Metric("ms_flow", "flows", _flows["ms_flow"], HIGHER, "how little the flow changes; a still has 1"),
+    Metric("static_share", "flows", _flows["static_share"], ALIKE, "pairs of frames between which nothing moves"),
+    Metric("ms_vfi_dis", "flows", _flows["ms_vfi_dis"], HIGHER, "how well a frame follows from its neighbours"),
+    Metric("warping_error", "flows", _flows["warping_error"], LOWER, "what is left when motion is undone; MSE, 0 to 1"),
+    Metric("warping_coverage", "flows", _flows["warping_coverage"], ALIKE, "share of pixels that can be followed"),
+    Metric("dynamic_degree", "flows", _flows["dynamic_degree"], ALIKE, "share of clips in which something moves fast"),
+    Metric("dynamic_degree_mean", "flows", _flows["dynamic_degree_mean"], ALIKE, "speed, pixels in an eighth second"),
+    Metric("valid_rate", "judge", marked("valid"), HIGHER, "all colours asked for are there"),
+    Metric("action_accuracy", "judge", marked("action"), HIGHER, "the action asked for, by fixed rules"),
+    Metric("direction_accuracy", "judge", marked("direction"), HIGHER, "the direction asked for"),
+    Metric("colour_accuracy", "judge", marked("colour"), HIGHER, "what is acted on has its colours"),
+    Metric("shape_accuracy", "judge", marked("shape"), HIGHER, "what is acted on has its shapes"),
+    Metric("joint_accuracy", "judge", marked("joint"), HIGHER, "action, colours and shapes at once"),
+    Metric("fvd_toy", "toy", _frechet(FEATURES, _toy), LOWER, "by a classifier of mini-something", UNBIASED),
+    Metric("kvd_toy", "toy", Distance(kernel_distance, _toy), LOWER, "kernel distance by the same", KERNEL),
+    Metric("is_toy", "toy", Score(_is, (FEATURES, None)), HIGHER, "Inception score by the same, 1 to 16"),
+)  # fmt: skip
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+
+def chosen(names: Sequence[str] | None) -> list[Metric]:
+    """The metrics of some names, in the order of the table; all where None. Raises UserError for an unknown one."""
+    for name in names or ():
+        if name not in METRICS:
+            close = nearest(name, METRICS)
+            hint = f"did you mean {close}? " if close else ""
+            raise UserError(f"there is no metric {name!r}; {hint}there are {', '.join(METRICS)}")
+    return [metric for metric in METRICS.values() if names is None or metric.name in names]

@@ -1,0 +1,61 @@
+"""`vdm evaluate`: parse, and measure, compare or test."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vdm.cli import Parser
+from vdm.errors import Failure, UserError
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """`vdm evaluate`"""
+    parser = Parser(prog="vdm evaluate", description="Measure generated clips against real ones, and say how sure.")
+    parser.flag("--generated", type=Path, metavar="DIR", help="a folder that sample.py wrote")
+    parser.flag("--reference", type=Path, metavar="DIR", help="real clips: a folder in SSv2 layout")
+    parser.flag("--split", choices=("all", "train", "validation"), default="all", help="of the reference (default all)")
+    parser.flag("--metrics", metavar="a,b,...", help="which to measure; all by default, but those that lack weights")
+    parser.flag("--weights_dir", type=Path, default=Path("weights"), metavar="DIR", help="weight files (weights)")
+    parser.flag(
+        "--output_dir", type=Path, default=Path("results/metrics"), metavar="DIR", help="default: results/metrics"
+    )
+    parser.flag("--selftest", action="store_true", help="check the weight files in --weights_dir, and measure nothing")
+    parser.flag("--compare", type=Path, nargs="+", metavar="DIR", help="output folders of evaluate: how they differ")
+    options = parser.parse_args(arguments)
+    sides = {name: getattr(options, name) for name in ("generated", "reference")}
+    if (options.selftest or options.compare) and (options.selftest and options.compare or any(sides.values())):
+        raise UserError("--selftest, --compare and --generated with --reference are three things; ask for one")
+    if options.selftest:
+        _selftest(options.weights_dir)
+    elif options.compare:
+        from vdm.evaluation.compare import compare, table
+
+        print(table(compare(options.compare, options.output_dir)), end="")
+    else:
+        for name, folder in sides.items():
+            if folder is None:
+                raise UserError(f"vdm evaluate needs --{name} DIR; see vdm evaluate --help")
+        _measure(options)
+
+
+def _selftest(weights_dir: Path) -> None:
+    from vdm.evaluation.selftest import selftest, table
+
+    checks = selftest(weights_dir)
+    print(table(checks), end="")
+    if wrong := [check.file for check in checks if check.ok is False]:
+        raise Failure(f"{', '.join(dict.fromkeys(wrong))} in {weights_dir} gives other values than it should")
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from vdm.evaluate import Request, evaluate
+    from vdm.evaluation.records import table
+
+    names = None if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
+    fields = ("generated", "reference", "output_dir", "weights_dir", "split")
+    records = evaluate(Request(**{name: getattr(options, name) for name in fields}, metrics=names))
+    if records:  # only the main process has them
+        print(table(records), end="")
+        print(f"wrote metrics.json, metrics.md, per_clip.jsonl and report.html to {options.output_dir}")

@@ -1,0 +1,75 @@
+"""R-precision of the rows that CLIP leaves: is a clip nearer to its own prompt than to 99 of other templates?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from vdm.data.captions import SLOT
+from vdm.errors import UserError
+from vdm.evaluation.extract import Rows, Side
+from vdm.evaluation.measures import SEED, Unmeasurable, Values
+from vdm.metrics.retrieval import Caption, expected_credit, rp100
+from vdm.templates import SSV2_TEMPLATES
+
+OTHERS = 99
+Captions = tuple[Caption, ...]
+
+
+def r_precision(first: int, *, at: int) -> Callable[[Side, Side], Values]:
+    """1 where the own prompt is among the best `at`, in part where it is so by lot: (N,).
+
+    Rows hold, from column `first` on, the unit vectors of the mean frame and of the prompt. Prompts to choose from are
+    those of both sides.
+    """
+
+    def values(side: Side, reference: Side) -> Values:
+        pool: dict[str, Caption] = {}
+        vectors: dict[str, Rows] = {}
+        for one in (reference, side):
+            texts = np.split(one.rows[:, first:], 2, axis=1)[1]
+            pool |= {clip.prompt: _caption(clip.prompt, clip.template, "") for clip in one.clips}
+            vectors |= {clip.prompt: text for clip, text in zip(one.clips, texts, strict=True)}
+        captions = tuple(_caption(clip.prompt, pool[clip.prompt].template, clip.id) for clip in side.clips)
+        means = np.split(side.rows[:, first:], 2, axis=1)[0]
+        sets = _candidates(captions, tuple(pool[prompt] for prompt in sorted(pool)))
+        # Not a matrix product, which may round equal rows differently: ties must stay ties.
+        scores = [
+            (np.stack([vectors[text] for text in texts]) * mean).sum(1) for texts, mean in zip(sets, means, strict=True)
+        ]
+        return np.array([expected_credit(torch.from_numpy(one), at=at) for one in scores])
+
+    return values
+
+
+@lru_cache(maxsize=4)  # three numbers of matches ask for the same sets, and so do all looks at the reference
+def _candidates(captions: Captions, pool: Captions) -> list[list[str]]:
+    try:
+        return [rp100(caption, pool, seed=SEED, num=OTHERS) for caption in captions]
+    except UserError as error:
+        raise Unmeasurable(
+            f"needs {OTHERS} prompts of other templates for each clip, and the two sides have fewer"
+        ) from error
+
+
+def _caption(prompt: str, template: str, name: str) -> Caption:
+    return Caption(name, prompt, template or template_of(prompt))
+
+
+@lru_cache(maxsize=1 << 14)
+def template_of(prompt: str) -> str:
+    """The template of Something-Something that a prompt fills, the one with most words of its own; else the prompt."""
+    words = " ".join(prompt.lower().split()).rstrip(" .")
+    fitting = [template for template, pattern in _PATTERNS if pattern.fullmatch(words)]
+    return max(fitting, key=lambda template: len(SLOT.sub("", template)), default=prompt)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile("(.+)".join(re.escape(part) for part in SLOT.split(template.lower())))
+
+
+_PATTERNS = [(template, _pattern(template)) for template in SSV2_TEMPLATES]

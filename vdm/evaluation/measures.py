@@ -1,0 +1,132 @@
+"""What becomes of rows: the mean over clips, the distance of two sets, or the score of one; and how sure it is.
+
+All three are called alike, so a metric holds one of them and nobody asks which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vdm.evaluation.extract import Side
+from vdm.evaluation.records import digest
+from vdm.metrics.intervals import Z95, bootstrap_mean, jackknife, wilson
+
+SEED = 0
+BLOCKS = 16  # of the jackknife
+Interval = tuple[float, float]
+Columns = tuple[int, int | None]  # from, and up to
+ALL: Columns = (0, None)
+Values = npt.NDArray[np.float64]
+
+
+class Unmeasurable(Exception):
+    """There is no value for these clips; the sentence says what they lack."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a measure makes of two sides. `values` are those of single clips (N,), NaN where one does not count, None
+    where no clip has one of its own. The interval takes time, so it is asked for apart."""
+
+    value: float
+    count: int
+    interval: Callable[[], Interval | None]
+    values: Values | None = None
+    valid: bool = True
+
+
+@dataclass(frozen=True)
+class PerClip:
+    """The mean of a number that each clip has: `values(side, reference)` are (N,), NaN where a clip does not count.
+
+    The interval is a bootstrap over prompts, or Wilson's for a share of clips.
+    """
+
+    values: Callable[[Side, Side], Values]
+    share: bool = False
+    one_sided: bool = True
+
+    def __call__(self, generated: Side, reference: Side) -> Found:
+        """Raises Unmeasurable."""
+        values = self.values(generated, reference)
+        counted = np.isfinite(values)
+        if not counted.any():
+            raise Unmeasurable("it applies to none of the clips")
+        total, count = math.fsum(values[counted]), int(counted.sum())
+
+        def interval() -> Interval | None:
+            if self.share:
+                return wilson(total, count)
+            prompts = [clip.prompt for clip, counts in zip(generated.clips, counted, strict=True) if counts]
+            if len(set(prompts)) < 2:
+                return None
+            return bootstrap_mean(torch.from_numpy(values[counted]), prompts, seed=SEED)
+
+        return Found(total / count, count, interval, values)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far apart two sets of features are. `least` clips are needed for a value, `trusted` for a valid one.
+
+    The interval is 1.96 standard errors of a block jackknife about the value, for a bootstrap would be biased.
+    """
+
+    of: Callable[[Tensor, Tensor], float]
+    columns: Columns = ALL
+    least: int = 2
+    trusted: int = 2
+    certain: bool = True  # whether an interval is worth its time
+    one_sided: bool = False
+
+    def __call__(self, generated: Side, reference: Side) -> Found:
+        """Raises Unmeasurable."""
+        fewer = min(len(generated.clips), len(reference.clips))
+        if fewer < self.least:
+            raise Unmeasurable(f"needs at least {self.least} clips on each side, and there are {fewer}")
+        x, y = (_features(side, self.columns) for side in (generated, reference))
+        value, blocks = self.of(x, y), min(BLOCKS, len(x) // 2, len(y) // 2)
+
+        def interval() -> Interval | None:
+            if not self.certain or blocks < 2:
+                return None
+            half = Z95 * jackknife(self.of, x, y, blocks=blocks)
+            return value - half, value + half
+
+        return Found(value, len(generated.clips), interval, valid=fewer >= self.trusted)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number of one set of clips as a whole, with the interval of a `Distance`."""
+
+    of: Callable[[Tensor], float]
+    columns: Columns = ALL
+    least: int = 2
+    one_sided: bool = True
+
+    def __call__(self, generated: Side, reference: Side) -> Found:
+        """Raises Unmeasurable."""
+        # The jackknife leaves out blocks of the other side as well, which changes nothing and so adds no variance.
+        return Distance(lambda x, y: self.of(x), self.columns, self.least)(generated, generated)
+
+
+Measure = PerClip | Distance | Score
+
+
+def column(index: int, *, share: bool = False) -> PerClip:
+    """The mean of one column of the rows."""
+    return PerClip(lambda side, reference: side.rows[:, index].astype(np.float64), share)
+
+
+def _features(side: Side, columns: Columns) -> Tensor:
+    """(N,D), with the clips of one prompt together, and prompts in an order that means nothing: as blocks want it."""
+    order = sorted(range(len(side.clips)), key=lambda i: (digest(side.clips[i].prompt), side.clips[i].id))
+    return torch.from_numpy(np.ascontiguousarray(side.rows[order, slice(*columns)]))

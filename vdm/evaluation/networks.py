@@ -1,0 +1,120 @@
+"""Extractors that are networks: I3D, C3D, CLIP, DINO, and the small classifier of mini-something.
+
+Clips go through one at a time, so no row depends on its batch, nor on how many processes share the clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdm.data.transforms import Frames, resize
+from vdm.errors import UserError
+from vdm.evaluation.clips import Shape
+from vdm.evaluation.extract import Opened, Rows
+from vdm.metrics.c3d import c3d_logits, load_c3d
+from vdm.metrics.clip import CLIP_SCORE_PREFIX, clip_score, clipsim, load_clip
+from vdm.metrics.consistency import background_consistency, subject_consistency
+from vdm.metrics.exact import full_precision
+from vdm.metrics.fvd import FVDProtocol, i3d_features, repeats
+from vdm.metrics.i3d import load_i3d
+from vdm.metrics.i3d_files import FVD, IMAGENET
+from vdm.metrics.toy import FEATURES, SHIPPED, SIZE, load_toy_classifier
+from vdm.metrics.videomae import load_videomae
+from vdm.metrics.vit import load_dino
+from vdm.weights import sha256
+
+CLIP_COLUMNS = ("clipsim", "clip_score", "background_consistency")  # then the mean frame, then the text
+
+
+def each(function: Callable[[Tensor, str], Tensor]) -> Callable[[Frames, Sequence[str]], Rows]:
+    """Rows of a function of one clip, uint8 (1,T,H,W,3), and its prompt, which gives (D,)."""
+
+    def rows(frames: Frames, prompts: Sequence[str]) -> Rows:
+        clips = torch.from_numpy(np.ascontiguousarray(frames))
+        return torch.stack([function(clips[i : i + 1], prompt) for i, prompt in enumerate(prompts)]).cpu().numpy()
+
+    return rows
+
+
+def open_i3d(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The 400 logits of the network that FVD is defined by."""
+    return _open_i3d(path, device, shape, FVD)
+
+
+def open_i3d_imagenet(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The same network with the weights that began from ImageNet."""
+    return _open_i3d(path, device, shape, IMAGENET)
+
+
+def _open_i3d(path: Path | None, device: torch.device, shape: Shape, metric: str) -> Opened:
+    assert path is not None
+    loaded = load_i3d(path)
+    if loaded.metric != metric:
+        raise UserError(
+            f"{path} holds the weights of {loaded.metric}, not of {metric}; name the file as it was given out"
+        )
+    net = loaded.net.to(device)
+    protocol = FVDProtocol(repeat=repeats(shape.num_frames))
+    record = {key: getattr(protocol, key) for key in ("resize", "interp", "layer", "bn_eps", "repeat")}
+    rows = each(lambda clip, prompt: i3d_features(clip, net, protocol=protocol)[0])
+    return Opened(rows, {**record, "dtype": "float32"}, loaded.sha256, loaded.warning)
+
+
+def open_c3d(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The 101 logits by which the Inception score of videos is published."""
+    assert path is not None
+    net = load_c3d(path)
+    net.net.to(device)
+    rows = each(lambda clip, prompt: c3d_logits(clip, net)[0])
+    return Opened(rows, {"layer": "logits101", "resize": "squash", "dtype": "float32"}, net.sha256)
+
+
+def open_clip(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """CLIP_COLUMNS, then the unit vectors of the mean frame and of the prompt."""
+    assert path is not None
+    clip = load_clip(path, device=str(device))
+
+    def row(frames: Tensor, prompt: str) -> Tensor:
+        found, texts = clip.frames(frames), clip.texts([prompt, CLIP_SCORE_PREFIX + prompt])
+        as_vbench = clip.frames(frames, antialias=False)
+        middle = found.double().mean(1)
+        scores = [clipsim(found, texts[:1]), clip_score(found, texts[1:]), background_consistency(as_vbench)]
+        return torch.cat([*(score.double() for score in scores), (middle / middle.norm())[0], texts[0].double()])
+
+    protocol = {"layer": clip.model, "resize": clip.fit, "interp": "bicubic aa", "dtype": "float32"}
+    return Opened(each(row), protocol, clip.sha256)
+
+
+def open_dino(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """Subject consistency, (B,1)."""
+    assert path is not None
+    dino = load_dino(path, device=str(device))
+    rows = each(lambda clip, prompt: subject_consistency(dino.frames(clip)))
+    return Opened(rows, {"layer": "DINO ViT-B/16", "interp": "bilinear", "dtype": "float32"}, dino.sha256)
+
+
+def open_videomae(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The 1408 features of the content-debiased Frechet distance."""
+    assert path is not None
+    net = load_videomae(path, device=str(device))
+    protocol = {"layer": "fc_norm1408", "resize": "squash", "interp": "torch", "dtype": "float32"}
+    return Opened(each(lambda clip, prompt: net.features(clip)[0]), protocol, net.sha256)
+
+
+def open_toy(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The 128 features of the classifier of mini-something, then its 16 logits."""
+    net = load_toy_classifier().to(device)
+
+    def row(clip: Tensor, prompt: str) -> Tensor:
+        small = np.stack([resize(frame, SIZE, SIZE) for frame in clip[0].numpy()])
+        with full_precision(device):
+            judged = net(torch.from_numpy(small)[None].to(device))
+        return torch.cat([judged.features[0], judged.logits[0]])
+
+    protocol = {"layer": f"features{FEATURES}", "resize": "squash", "interp": "area", "dtype": "float32"}
+    return Opened(each(row), protocol, sha256(SHIPPED))

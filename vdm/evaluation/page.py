@@ -1,0 +1,229 @@
+"""The page of an evaluation: every record with its bar, actions, and clips beside the reference nearest to them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vdm.data import view
+from vdm.data.transforms import Frames
+from vdm.data.video import write_video
+from vdm.evaluation import bars
+from vdm.evaluation.catalogue import Metric
+from vdm.evaluation.clips import Clip, Shape, read_generated, read_reference
+from vdm.evaluation.per_clip import Line
+from vdm.evaluation.records import Record, interval, number
+from vdm.files import replacing
+from vdm.metrics.intervals import wilson
+
+FILE = "report.html"
+MOST_SHOWN = 4  # best clips, and as many worst
+STYLE = """
+body { max-width: 1500px } h2 { margin-top: 1.6em } .bad { color: #a4262c } small { color: #666 }
+table.plain td, table.plain th { padding: 3px 1em 3px 0; text-align: left; vertical-align: top }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px } details { margin: .3em 0 }
+pre { background: #f6f6f6; padding: .6em; overflow-x: auto; font-size: 12px }
+.confusion td { width: 2.1em; height: 2.1em; text-align: center; font-size: 12px; border: 1px solid #eee }
+.confusion th { font-weight: 400; font-size: 12px; text-align: left; padding-right: .8em; white-space: nowrap }
+"""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often clips whose prompt is of the row's class were judged to be of the column's: counts (R,C)."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the page tells."""
+
+    records: Sequence[Record]
+    metrics: Sequence[Metric]
+    lines: Sequence[Line]
+    generated: Sequence[Clip]
+    reference: Sequence[Clip]
+    shape: Shape
+    confusion: Confusion | None = None
+
+
+def write_page(folder: Path, content: Content) -> Path:
+    """Write `report.html`, which needs no other file, and appears whole or not at all; returns its path."""
+    title = f"{len(content.generated)} generated clips against {len(content.reference)}"
+    parts = [
+        f"<h1>{title}</h1>\n<p>Read at {html.escape(str(content.shape))}.</p>\n",
+        _records(content),
+        _actions(content.confusion) if content.confusion is not None else "",
+        _memorised(content.lines),
+        _clips(content),
+        _protocols(content.records),
+    ]
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{view.STYLE}{bars.STYLE}{STYLE}</style>\n</head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
+    )
+    with replacing(folder / FILE, remedy="choose another --output_dir") as file:
+        file.write_bytes(page.encode("utf-8", "replace"))
+    return folder / FILE
+
+
+# ---- records
+
+
+def _records(content: Content) -> str:
+    rows = "".join(
+        _row(record, metric) for record, metric in zip(content.records, content.metrics, strict=True) if record.ok
+    )
+    skipped = "".join(
+        f"<tr><th>{html.escape(record.metric)}</th><td>{html.escape(record.status)}</td></tr>\n"
+        for record in content.records
+        if not record.ok
+    )
+    head = "<tr><th>metric</th><th>value</th><th>95 %</th><th>floor</th><th></th><th>better</th><th>clips</th></tr>\n"
+    left_out = f'<h2>Skipped</h2>\n<table class="plain">\n{skipped}</table>\n' if skipped else ""
+    return f'<h2>Metrics</h2>\n{bars.legend()}<table class="plain">\n{head}{rows}</table>\n{left_out}'
+
+
+def _row(record: Record, metric: Metric) -> str:
+    sentences = list(record.warnings)
+    if metric.better == "as the reference" and record.off is not None:
+        sentences.insert(0, f"{number(record.off)} off the reference")
+    told = "".join(f"<br><small>{html.escape(sentence)}</small>" for sentence in sentences)
+    invalid = "" if record.valid else ' <b class="bad">not valid</b>'
+    return (
+        f"<tr><th>{html.escape(record.metric)}</th><td><b>{number(record.value)}</b>{invalid}</td>"
+        f"<td>{interval(record.ci95)}</td><td>{number(record.floor)}</td><td>{bars.bar(record)}"
+        f"<small>{html.escape(metric.about)}</small>{told}</td>"
+        f"<td>{metric.better}</td><td>{record.n_generated} / {record.n_reference}</td></tr>\n"
+    )
+
+
+def _protocols(records: Sequence[Record]) -> str:
+    parts = [
+        f"<details><summary>{html.escape(record.metric)} {record.protocol_hash[:12]}</summary>"
+        f"<pre>{html.escape(json.dumps(dict(record.protocol), indent=1))}</pre></details>\n"
+        for record in records
+    ]
+    return f"<h2>Protocols</h2>\n{''.join(parts)}"
+
+
+# ---- actions
+
+
+def _actions(confusion: Confusion) -> str:
+    """Accuracy by action, and what was taken for what."""
+    totals = confusion.counts.sum(1)
+    head = "".join(f'<th title="{html.escape(name)}">{i + 1}</th>' for i, name in enumerate(confusion.columns))
+    rows = []
+    for i, name in enumerate(confusion.rows):
+        if not totals[i]:
+            continue
+        right = confusion.columns.index(name) if name in confusion.columns else -1
+        hits = int(confusion.counts[i, right]) if right >= 0 else 0
+        cells = "".join(
+            f'<td style="background:rgba(31,111,180,{count / totals[i]:.2f})">{int(count) or ""}</td>'
+            for count in confusion.counts[i]
+        )
+        share = interval(wilson(hits, int(totals[i])))
+        told = f"<th>{right + 1} {html.escape(name)}</th><th>{hits} of {int(totals[i])} ({share})</th>"
+        rows.append(f"<tr>{told}{cells}</tr>\n")
+    names = "".join(f"<li>{html.escape(name)}</li>\n" for name in confusion.columns)
+    return (
+        f'<h2>Actions</h2>\n<p>Rows are what the prompts say, columns what was seen.</p>\n<table class="confusion">\n'
+        f"<tr><th></th><th></th>{head}</tr>\n{''.join(rows)}</table>\n"
+        f"<details><summary>columns</summary><ol>\n{names}</ol></details>\n"
+    )
+
+
+# ---- clips
+
+
+def _memorised(lines: Sequence[Line]) -> str:
+    """Whether generated clips are copies: far nearer to a reference clip than reference clips are to each other."""
+    ours, theirs = (
+        [line.distance for line in lines if line.side == side and line.distance is not None]
+        for side in ("generated", "reference")
+    )
+    copies = sum(distance < min(theirs) / 2.0 for distance in ours)
+    return (
+        "<h2>Is it memory?</h2>\n"
+        f"<p>{copies} of {len(ours)} generated clips are nearer to a reference clip than half of what parts the two "
+        f"reference clips that are most alike. The nearest is {min(ours):.1f} grey levels away, the median "
+        f"{np.median(ours):.1f}; between reference clips these are {min(theirs):.1f} and {np.median(theirs):.1f} "
+        "(root mean square of small pictures).</p>\n"
+    )
+
+
+def ranked(metrics: Sequence[Metric], lines: Sequence[Line]) -> tuple[list[str], list[Line]]:
+    """Generated clips, best first: by the mean of their ranks in all metrics of which more, or less, is better; and
+    the names of those. In the order of their ids where there are none."""
+    ours = [line for line in lines if line.side == "generated" and not line.problem]
+    signs = {
+        metric.name: 1.0 if metric.better == "lower" else -1.0
+        for metric in metrics
+        if metric.better != "as the reference"
+    }
+    names = [name for name, sign in signs.items() if sign and any(name in line.values for line in ours)]
+    scores = np.zeros(len(ours))
+    for name in names:
+        values = np.array([signs[name] * line.values.get(name, np.nan) for line in ours])
+        middle = np.nanmedian(values)
+        values = np.where(np.isnan(values), middle, values)
+        # Ranks from 0 to 1, the same for clips that are alike.
+        scores += (values[:, None] > values[None]).mean(1) + 0.5 * (values[:, None] == values[None]).mean(1)
+    order = sorted(range(len(ours)), key=lambda i: (scores[i], ours[i].id))
+    return names, [ours[i] for i in order]
+
+
+def _clips(content: Content) -> str:
+    names, order = ranked(content.metrics, content.lines)
+    best = order[:MOST_SHOWN]
+    worst = [line for line in order[-MOST_SHOWN:] if line not in best]
+    by = f"by the mean of their ranks in {', '.join(names)}" if names else "in the order of their names"
+    generated = {clip.id: clip for clip in content.generated}
+    reference = {clip.id: clip for clip in content.reference}
+    parts = [f"<h2>Clips</h2>\n<p>Left: generated; right: the reference clip nearest to it. Best and worst {by}.</p>\n"]
+    with tempfile.TemporaryDirectory() as folder:
+        for title, lines in (("Best", best), ("Worst", worst)):
+            if lines:
+                figures = "".join(_pairs(lines, generated, reference, content.shape, Path(folder) / "clip.mp4"))
+                parts.append(f"<h3>{title}</h3>\n<main>\n{figures}</main>\n")
+    return "".join(parts)
+
+
+def _pairs(
+    lines: Sequence[Line],
+    generated: Mapping[str, Clip],
+    reference: Mapping[str, Clip],
+    shape: Shape,
+    file: Path,
+) -> Iterator[str]:
+    for line in lines:
+        ours, theirs = generated[line.id], reference[line.nearest]
+        videos = "".join(
+            _video(frames, shape.fps, file) for frames in (read_generated(ours, shape), read_reference(theirs, shape))
+        )
+        values = ", ".join(f"{name} {number(value)}" for name, value in line.values.items())
+        away = "" if line.distance is None else f", {line.distance:.1f} grey levels away"
+        yield (
+            f'<figure>\n<div class="pair">{videos}</div>\n<figcaption><b>{html.escape(line.prompt)}</b>'
+            f"<small>{html.escape(line.id)}; nearest {html.escape(theirs.id)} ({html.escape(theirs.prompt)})"
+            f"{away}<br>{html.escape(values)}</small></figcaption>\n</figure>\n"
+        )
+
+
+def _video(frames: Frames, fps: float, file: Path) -> str:
+    """Encoded anew, so that a browser plays whatever the file was."""
+    write_video(file, frames, fps=fps)
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<video autoplay controls loop muted playsinline src="data:video/mp4;base64,{data}"></video>'

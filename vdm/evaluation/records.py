@@ -1,0 +1,177 @@
+"""What is written of a metric: its value and all that one must know to compare it, with a hash that tells when one may.
+
+The value of one model means nothing beside that of another that was measured otherwise: with other frame rates, other
+reference clips, other weights. So every record carries how it came about, and records that differ in that are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vdm.errors import UserError
+from vdm.files import replacing
+
+FILE = "metrics.json"
+OK = "ok"
+# Every protocol has these, null where a metric does not know the word.
+PROTOCOL_KEYS = (
+    "n_real", "n_gen", "T", "fps", "stride", "height", "width", "resize", "interp", "codec", "layer", "weights_sha256",
+    "bn_eps", "cov", "dtype", "seed", "ids_sha256", "code_version", "valid", "warnings",
+)  # fmt: skip
+# What came out, rather than how it was measured: no part of the hash.
+OUTCOMES = frozenset(("n_real", "n_gen", "valid", "warnings"))
+
+Protocol = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One metric of one set of clips.
+
+    `ci95` is the interval that holds the true value 19 times in 20, None where there is none. `floor` is what half of
+    the reference makes of its other half: less cannot be told from nothing. `ceilings` are the values of the reference
+    itself (where a metric needs no other side) and of the reference made worse. `status` is "ok", or begins with
+    "skipped" and says what is missing; then there is no value.
+    """
+
+    metric: str
+    value: float | None
+    ci95: tuple[float, float] | None = None
+    n_generated: int = 0
+    n_reference: int = 0
+    floor: float | None = None
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    valid: bool = False
+    status: str = OK
+    warnings: tuple[str, ...] = ()
+    protocol: Protocol = field(default_factory=dict)
+    protocol_hash: str = ""
+    weights_sha256: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == OK
+
+    @property
+    def off(self) -> float | None:
+        """How far the value is from the reference's own, which says more of what describes than that it is high."""
+        beside = self.ceilings.get("reference")
+        return None if beside is None or self.value is None else abs(self.value - beside)
+
+
+def make_record(record: Record, protocol: Protocol) -> Record:
+    """A record with its protocol complete, and the hash of that."""
+    outcome = {
+        "n_real": record.n_reference,
+        "n_gen": record.n_generated,
+        "valid": record.valid,
+        "warnings": list(record.warnings),
+        "weights_sha256": record.weights_sha256,
+    }
+    whole = {**dict.fromkeys(PROTOCOL_KEYS), "metric": record.metric, **protocol, **outcome}
+    return Record(**{**vars(record), "protocol": whole, "protocol_hash": protocol_hash(whole)})
+
+
+def protocol_hash(protocol: Protocol) -> str:
+    """The sha256, in hex, of a protocol in canonical JSON, without counts and what else came out (OUTCOMES)."""
+    return digest({key: value for key, value in protocol.items() if key not in OUTCOMES})
+
+
+def digest(content: object) -> str:
+    """The sha256, in hex, of content in canonical JSON: keys in order, no spaces, ASCII, no NaN."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def require_comparable(records: Sequence[Record]) -> None:
+    """Raises UserError where records of one metric were not measured alike; the sentence names what differs."""
+    first = records[0]
+    for other in records[1:]:
+        if other.protocol_hash != first.protocol_hash:
+            keys = sorted({*first.protocol, *other.protocol} - OUTCOMES)
+            changed = [key for key in keys if first.protocol.get(key) != other.protocol.get(key)]
+            told = "; ".join(f"{key} {first.protocol.get(key)} and {other.protocol.get(key)}" for key in changed)
+            raise UserError(
+                f"{first.metric} was not measured alike, so its values cannot be compared: {told or 'other hashes'}; "
+                "evaluate both with the same reference, weights and version"
+            )
+
+
+def write_records(folder: Path, records: Sequence[Record]) -> None:
+    """Write `metrics.json`, which appears whole or not at all."""
+    with replacing(folder / FILE, remedy="choose another --output_dir") as file:
+        content = [asdict(record) for record in records]
+        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """The records of a folder by metric. Raises UserError where it holds none, or their hashes are not theirs."""
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        records = {entry["metric"]: _record(entry) for entry in content}
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds no {FILE} that can be read; give the --output_dir of a vdm evaluate"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not what vdm evaluate writes ({error}); evaluate anew") from error
+    for record in records.values():
+        if record.protocol_hash != protocol_hash(record.protocol):
+            raise UserError(f"the hash of {record.metric} in {path} is not that of its protocol; evaluate anew")
+    return records
+
+
+def _record(entry: Mapping[str, object]) -> Record:
+    interval, warnings = entry["ci95"], entry["warnings"]
+    if not isinstance(warnings, list) or not isinstance(entry["protocol"], dict):
+        raise TypeError("a record without warnings or protocol")
+    pair = (float(interval[0]), float(interval[1])) if isinstance(interval, list) else None
+    return Record(**{**entry, "ci95": pair, "warnings": tuple(warnings)})  # type: ignore[arg-type]
+
+
+# ---- for the eye
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def interval(pair: tuple[float, float] | None) -> str:
+    return "-" if pair is None else f"{pair[0]:.4g} to {pair[1]:.4g}"
+
+
+def table(records: Sequence[Record]) -> str:
+    """The records as a Markdown table, and below it what was skipped, and the warnings."""
+    ok = [record for record in records if record.ok]
+    names = list(dict.fromkeys(name for record in ok for name in record.ceilings))
+    head = ["metric", "value", "95 %", "off the reference", "floor", *names, "clips", "reference clips", "valid"]
+    rows = [
+        [
+            record.metric, number(record.value), interval(record.ci95), number(record.off), number(record.floor),
+            *(number(record.ceilings.get(name)) for name in names),
+            str(record.n_generated), str(record.n_reference), "yes" if record.valid else "no",
+        ]
+        for record in ok
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)] if ok else []
+    notes = _grouped([(record.status, record.metric) for record in records if not record.ok])
+    notes += _grouped([(warning, record.metric) for record in ok for warning in record.warnings], num_all=len(ok))
+    return "\n".join([*lines, "", *notes] if notes else lines) + "\n"
+
+
+def _grouped(told: Sequence[tuple[str, str]], *, num_all: int = 0) -> list[str]:
+    """A line for each sentence, with all metrics that it is told of."""
+    groups: dict[str, list[str]] = {}
+    for sentence, metric in told:
+        groups.setdefault(sentence, []).append(metric)
+    return [
+        f"- {'all' if 1 < num_all == len(metrics) else ', '.join(metrics)}: {sentence}"
+        for sentence, metrics in groups.items()
+    ]
