@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vdm.metrics.similarity import frame_ssim
 
 from vdm.data.mini_something import render_clip, write_ssv2
 from vdm.data.video import read_clip, write_video
 from vdm.errors import UserError
 from vdm.evaluate import Request, evaluate
 from vdm.evaluation.records import PROTOCOL_KEYS, protocol_hash
+from vdm.metrics.similarity import frame_ssim
 
 NASTY = '<script>alert("x")</script> & more'
 METRICS = ("frame_ssim", "action_accuracy", "fvd", "r_precision")

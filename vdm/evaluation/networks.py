@@ -19,10 +19,10 @@ from vdm.evaluation.extract import Opened, Rows
 from vdm.metrics.c3d import c3d_logits, load_c3d
 from vdm.metrics.clip import CLIP_SCORE_PREFIX, clip_score, clipsim, load_clip
 from vdm.metrics.consistency import background_consistency, subject_consistency
-from vdm.metrics.exact import full_precision
 from vdm.metrics.fvd import FVDProtocol, i3d_features, repeats
 from vdm.metrics.i3d import load_i3d
 from vdm.metrics.i3d_files import FVD, IMAGENET
+from vdm.metrics.precision import full_precision
 from vdm.metrics.toy import FEATURES, SHIPPED, SIZE, load_toy_classifier
 from vdm.metrics.videomae import load_videomae
 from vdm.metrics.vit import load_dino
