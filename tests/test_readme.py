@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.actions import table as actions_table
 from benchmarks.data import table
+from benchmarks.demo import SCORES
 from benchmarks.memory import sampling_table
 from benchmarks.memory import table as memory_table
 
@@ -95,6 +96,15 @@ def test_twenty_steps_of_dpmpp_follow_the_prompt_as_fifty_of_ddim_do() -> None:
         assert isinstance(scores, dict)
         shares = " | ".join(f"{scores[name]['right']} of {scores[name]['clips']}" for name in ("action", "direction"))
         assert f"| {what} | {shares} |" in PERFORMANCE
+
+
+def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
+    scores = saved("demo-cpu.json")["scores"]
+    assert isinstance(scores, dict)
+    for name in SCORES:
+        row = scores[name]
+        share, low, high, chance = (f"{100 * x:.0f}" for x in (row["value"], *row["ci95"], row["chance"]))
+        assert f"| {row['right']} of {row['clips']}, {share} % [{low}, {high}] | {chance} % |" in README, name
 
 
 def test_the_table_of_the_judge_of_actions_is_the_saved_one() -> None:
