@@ -35,21 +35,26 @@ def judged(
 ) -> Judged:
     """What a metric makes of the generated side; skipped where there are too few clips, or none that it is for."""
     protocol = {**base, **extractor.protocol, **metric.protocol}
-    generated, reference = ours.side(metric.extractor), theirs.side(metric.extractor)
+    generated, reference, *others = (
+        replace(side, texts=extractor.texts)
+        for side in (ours.side(metric.extractor), *(theirs.side(metric.extractor, look) for look in ("", *ALTERATIONS)))
+    )
     try:
         found = metric.measure(generated, reference)
+        interval = found.interval()
     except Unmeasurable as problem:
         return skipped(metric, str(problem), protocol, weights=extractor.sha256)
     beside = _try(metric.measure, reference, reference) if metric.measure.one_sided else None
-    altered = {look: theirs.side(metric.extractor, look) for look in ALTERATIONS}
+    altered = dict(zip(ALTERATIONS, others, strict=True))
+    by_chance = {} if found.chance is None else {"chance": found.chance}
     record = Record(
         metric.name,
         found.value,
-        found.interval(),
+        interval,
         n_generated=found.count,
         n_reference=len(reference.clips) if not metric.measure.one_sided else beside.count if beside else 0,
         floor=_floor(metric.measure, reference, most=len(generated.clips)),
-        ceilings=_ceilings(metric.measure, reference, altered, most=len(generated.clips)),
+        ceilings=by_chance | _ceilings(metric.measure, reference, altered, most=len(generated.clips)),
         valid=found.valid,
         warnings=tuple(_warnings(metric.measure, found, generated, reference, extractor.warning)),
         weights_sha256=extractor.sha256,

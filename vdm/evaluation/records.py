@@ -21,10 +21,10 @@ OK = "ok"
 # Every protocol has these, null where a metric does not know the word.
 PROTOCOL_KEYS = (
     "n_real", "n_gen", "T", "fps", "stride", "height", "width", "resize", "interp", "codec", "layer", "weights_sha256",
-    "bn_eps", "cov", "dtype", "seed", "ids_sha256", "code_version", "valid", "warnings",
+    "bn_eps", "cov", "dtype", "seed", "ids_sha256", "code_version", "checkpoint", "valid", "warnings",
 )  # fmt: skip
-# What came out, rather than how it was measured: no part of the hash.
-OUTCOMES = frozenset(("n_real", "n_gen", "valid", "warnings"))
+# What was measured and what came out, rather than how: no part of the hash.
+OUTCOMES = frozenset(("n_real", "n_gen", "checkpoint", "valid", "warnings"))
 
 Protocol = Mapping[str, object]
 
