@@ -19,7 +19,7 @@ STYLE = """
 body { max-width: 1500px } h2 { margin-top: 1.4em } small { color: #666 }
 table.plain { border-collapse: collapse; font-size: 14px }
 table.plain td, table.plain th { padding: 3px 1.2em 3px 0; text-align: left; vertical-align: top; font-weight: 400 }
-table.plain tr:first-child th { color: #666 } .sure { font-weight: 600 }
+table.plain tr:first-child th { color: #666 } table.plain td.sure { font-weight: 600 }
 """
 STEP = re.compile(r"checkpoint-(\d+)")
 
