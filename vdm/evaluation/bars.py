@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from vdm.evaluation.records import Record, number
 
 WIDTH, HEIGHT, MARGIN, MIDDLE = 320, 36, 12, 12
-LETTER = 9  # as wide as a letter, about
+LETTER = 7  # as wide as a letter, with room beside it
 MARKS = {  # colour and letter of what is beside the value
     "floor": ("#777777", "f"),
     "reference": ("#3a8f4e", "r"),
@@ -68,18 +68,20 @@ def _mark(name: str) -> tuple[str, str]:
 
 def _letters(marks: Sequence[tuple[float, str]]) -> list[str]:
     """The letters of marks (place, name) below them; those that would lie over each other side by side."""
-    groups: list[list[tuple[float, str]]] = []
+    groups: list[tuple[float, list[str]]] = []  # the middle of each, and whose letters
     for place, name in sorted(marks):
-        if groups and place - groups[-1][-1][0] < LETTER:
-            groups[-1].append((place, name))
-        else:
-            groups.append([(place, name)])
-    texts = []
-    for group in groups:
-        letters = "".join(f'<tspan fill="{_mark(name)[0]}">{_mark(name)[1]}</tspan>' for _, name in group)
-        middle = sum(place for place, _ in group) / len(group)
-        texts.append(f'<text x="{middle:.1f}" y="{MIDDLE + 20}" text-anchor="middle">{letters}</text>')
-    return texts
+        middle, names = place, [name]
+        while groups and middle - groups[-1][0] < LETTER * (len(names) + len(groups[-1][1])) / 2:
+            before, others = groups.pop()
+            total = len(names) + len(others)
+            middle, names = (middle * len(names) + before * len(others)) / total, [*others, *names]
+        groups.append((middle, names))
+    return [
+        f'<text x="{middle:.1f}" y="{MIDDLE + 20}" text-anchor="middle">'
+        + "".join(f'<tspan fill="{_mark(name)[0]}">{_mark(name)[1]}</tspan>' for name in names)
+        + "</text>"
+        for middle, names in groups
+    ]
 
 
 def legend() -> str:

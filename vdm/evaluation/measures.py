@@ -103,6 +103,7 @@ class Distance:
     least: int = 2
     trusted: int = 2
     certain: bool = True  # whether an interval is worth its time
+    shifts: bool = True  # with the number of clips
     one_sided: bool = False
 
     def __call__(self, generated: Side, reference: Side) -> Found:
