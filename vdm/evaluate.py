@@ -148,7 +148,7 @@ def _protocol(listed: Listed, split: str) -> dict[str, object]:
         "seed": SEED,
         "ids_sha256": digest([clip.id for clip in listed.reference]),
         "code_version": __version__,
-        "checkpoint": checkpoints.pop() if len(checkpoints) == 1 else "",
+        "checkpoint": (checkpoints.pop() or None) if len(checkpoints) == 1 else None,
     }
 
 

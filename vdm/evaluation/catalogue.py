@@ -100,6 +100,7 @@ def _made(kind: Kind) -> PerClip:
 _frames = {name: column(i) for i, name in enumerate(FRAME_COLUMNS)}
 _flows = {name: column(i, share=name == "dynamic_degree") for i, name in enumerate(FLOW_COLUMNS)}
 _clip = {name: column(i) for i, name in enumerate(CLIP_COLUMNS)}
+_ratio = Distance(_relative, (0, 1), shifts=False)
 _toy: Columns = (0, FEATURES)
 
 _ALL = (
@@ -122,7 +123,7 @@ _ALL = (
     ),
     Metric("is_i3d_k400", "i3d", Score(_is), HIGHER, "Inception score by I3D, 1 to 400; one split"),
     Metric("clipsim", "clip", _clip["clipsim"], HIGHER, "mean cosine of frames and prompt, by CLIP"),
-    Metric("clipsim_rm", "clip", Distance(_relative, (0, 1), shifts=False), HIGHER, "CLIPSIM over the reference's; 1 is as good"),
+    Metric("clipsim_rm", "clip", _ratio, HIGHER, "CLIPSIM over that of the reference; 1 is as good"),
     Metric("clip_score", "clip", _clip["clip_score"], HIGHER, "2.5 max(cosine, 0), with the prefix A photo depicts"),
     Metric("r_precision", "clip", _retrieved(1), HIGHER, "own prompt first of 100; by chance 0.01", CANDIDATES),
     Metric("r_precision_5", "clip", _retrieved(5), HIGHER, "own prompt among the first 5; by chance 0.05", CANDIDATES),
