@@ -96,3 +96,9 @@ def test_spans_are_shaded_as_they_are_and_widen_the_axis() -> None:
     many = [(float(i), float(i + 2)) for i in range(count)]
     thinned = parsed(chart("a", [Curve("a", list(range(count)), [i + 1.0 for i in range(count)], spans=many)]))
     assert len(points(thinned, "polygon")[0]) == 2 * len(points(thinned)[0]) == 2 * MOST_POINTS
+
+
+def test_ticks_close_together_can_be_told_apart() -> None:
+    for low, high, wanted in ((3.996, 4.0, 4), (0.0, 1.0, 3)):
+        ticks = [text.text or "" for text in parsed(chart("a", [Curve("a", [0, 1], [low, high])])).iter("text")][:4]
+        assert len(set(ticks)) == 4 and ticks == [f"{float(tick):.{wanted}g}" for tick in ticks]

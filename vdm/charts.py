@@ -126,11 +126,13 @@ class Axis:
 
 
 def _grid(axis: Axis, first: int, last: int) -> str:
-    parts = []
-    for value in axis.ticks():
+    parts, ticks = [], axis.ticks()
+    # Where they are close together more digits are needed to tell them apart.
+    digits = next((n for n in range(3, 7) if len({f"{value:.{n}g}" for value in ticks}) == len(ticks)), 7)
+    for value in ticks:
         y = TOP + (1.0 - axis.share(value)) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>')
-        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.{digits}g}</text>')
     if axis.low < 0.0 < axis.high:
         y = TOP + (1.0 - axis.share(0.0)) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888"/>')

@@ -77,6 +77,9 @@ def test_a_prompt_is_known_by_the_references_annotations_or_as_mini_somethings()
         (COVER, ("a red ball", "a white cloth")),
         None,
     ]
+    front = ("Holding [something] in front of [something]", ("a cup", "a lid"))
+    (caption,), _ = captions_of(a_side(["holding two pens in front of a box"]), a_side([*ANNOTATED, front]))
+    assert caption and caption.objects == ("two pens", "a box"), "of two templates that fit the one with more words"
     assert [caption and caption.id for caption in captions][:3] == ["0-000", "0-001", "0-002"]
     objects = {objects for _, objects in ANNOTATED} | {("two pens",), ("a red ball",), ("a red ball", "a white cloth")}
     assert {caption.objects for caption in pool if caption} == objects
