@@ -80,3 +80,25 @@ def test_the_numbers_beside_the_curve_are_the_last_ones() -> None:
     assert "x &amp; y" in text and html.escape("a <b>") in text
     assert re.findall(r">(\d+)</text>$|>(\d+)</text><", text)
     assert json.loads(figure.get("data-curves", ""))["lines"][1] == [[2, "3.142"]]
+
+
+def test_spans_are_shaded_as_they_are_and_widen_the_axis() -> None:
+    spans = [(0.5, 1.25), (1.0, 4.0)]
+    figure = parsed(chart("a", [Curve("a", [3, 5], [1.0, 2.0], spans=spans)], along="run"))
+    (band,), (line,) = points(figure, "polygon"), points(figure)
+    assert json.loads(figure.get("data-curves", ""))["along"] == "run"
+    scale = (line[0][1] - line[1][1]) / 1.0  # pixels that 1 takes
+    heights = [1.0 + (line[0][1] - y) / scale for _, y in band]
+    assert heights == pytest.approx([1.25, 4.0, 1.0, 0.5], abs=0.01)
+    assert [x for x, _ in band] == [LEFT, WIDTH - RIGHT, WIDTH - RIGHT, LEFT]
+    assert all(TOP <= y <= HEIGHT - BOTTOM for _, y in band)
+    count = 2 * MOST_POINTS
+    many = [(float(i), float(i + 2)) for i in range(count)]
+    thinned = parsed(chart("a", [Curve("a", list(range(count)), [i + 1.0 for i in range(count)], spans=many)]))
+    assert len(points(thinned, "polygon")[0]) == 2 * len(points(thinned)[0]) == 2 * MOST_POINTS
+
+
+def test_ticks_close_together_can_be_told_apart() -> None:
+    for low, high, wanted in ((3.996, 4.0, 4), (0.0, 1.0, 3)):
+        ticks = [text.text or "" for text in parsed(chart("a", [Curve("a", [0, 1], [low, high])])).iter("text")][:4]
+        assert len(set(ticks)) == 4 and ticks == [f"{float(tick):.{wanted}g}" for tick in ticks]

@@ -23,7 +23,7 @@ STYLE = """
 SCRIPT = """
 for (const chart of document.querySelectorAll(".chart")) {
   const svg = chart.querySelector("svg"), rule = svg.querySelector(".rule"), at = chart.querySelector("i");
-  const { first, last, left, right, width, lines } = JSON.parse(chart.dataset.curves);
+  const { along, first, last, left, right, width, lines } = JSON.parse(chart.dataset.curves);
   const values = [...chart.querySelectorAll("span output")], shown = values.map(one => one.textContent);
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * width;
@@ -32,7 +32,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     near.forEach((point, i) => values[i].textContent = point[1]);
     const place = left + (near[0][0] - first) / (last - first || 1) * (right - left);
     rule.setAttribute("x1", place); rule.setAttribute("x2", place); rule.style.display = "";
-    at.textContent = ` at step ${near[0][0]}`;
+    at.textContent = ` at ${along} ${near[0][0]}`;
   });
   svg.addEventListener("pointerleave", () => {
     values.forEach((one, i) => one.textContent = shown[i]); at.textContent = ""; rule.style.display = "none";
@@ -43,16 +43,27 @@ for (const chart of document.querySelectorAll(".chart")) {
 
 @dataclass(frozen=True)
 class Curve:
-    """Values by step, in the order of the steps, and where there are any their standard errors."""
+    """Values by step, in the order of the steps, and where there are any their standard errors, or the intervals that
+    they lie in."""
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
     errors: Sequence[float] | None = None
+    spans: Sequence[tuple[float, float]] | None = None
+
+    def sides(self) -> tuple[list[float], list[float]] | None:
+        """The upper and the lower edge of what is shaded: the intervals, or two standard errors about the values."""
+        if self.spans is not None:
+            return [high for _, high in self.spans], [low for low, _ in self.spans]
+        if self.errors is None:
+            return None
+        pairs = list(zip(self.values, self.errors, strict=True))
+        return [v + 2.0 * e for v, e in pairs], [v - 2.0 * e for v, e in pairs]
 
 
-def chart(title: str, curves: Sequence[Curve]) -> str:
-    """A figure of some curves over the same steps, with two standard errors about those that have them.
+def chart(title: str, curves: Sequence[Curve], *, along: str = "step") -> str:
+    """A figure of some curves over the same steps, or what else they lie along, shaded where they have errors or spans.
 
     Every curve holds a point, and all values are finite.
     """
@@ -72,7 +83,7 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         for i, curve in enumerate(curves)
     )
     data = {
-        **{"first": first, "last": last, "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH},
+        **{"along": along, "first": first, "last": last, "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH},
         "lines": [[[s, f"{v:.4g}"] for s, v in zip(c.steps, c.values, strict=True)] for c in curves],
     }
     return (
@@ -115,11 +126,13 @@ class Axis:
 
 
 def _grid(axis: Axis, first: int, last: int) -> str:
-    parts = []
-    for value in axis.ticks():
+    parts, ticks = [], axis.ticks()
+    # Where they are close together more digits are needed to tell them apart.
+    digits = next((n for n in range(3, 7) if len({f"{value:.{n}g}" for value in ticks}) == len(ticks)), 7)
+    for value in ticks:
         y = TOP + (1.0 - axis.share(value)) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>')
-        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.{digits}g}</text>')
     if axis.low < 0.0 < axis.high:
         y = TOP + (1.0 - axis.share(0.0)) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888"/>')
@@ -131,12 +144,9 @@ def _grid(axis: Axis, first: int, last: int) -> str:
 def _drawn(curve: Curve, colour: str, place: Callable[[float, float], str]) -> str:
     points = [place(step, value) for step, value in zip(curve.steps, curve.values, strict=True)]
     parts = [f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.4"/>']
-    if curve.errors is not None:
-        sides = [
-            [place(s, v + sign * 2.0 * e) for s, v, e in zip(curve.steps, curve.values, curve.errors, strict=True)]
-            for sign in (1.0, -1.0)
-        ]
-        parts.append(f'<polygon points="{" ".join(sides[0] + sides[1][::-1])}" fill="{colour}" opacity="0.15"/>')
+    if (sides := curve.sides()) is not None:
+        upper, lower = ([place(s, v) for s, v in zip(curve.steps, side, strict=True)] for side in sides)
+        parts.append(f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" opacity="0.15"/>')
     if len(points) <= FEW_POINTS:
         for x, y in (point.split(",") for point in points):
             parts.append(f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"/>')
@@ -144,8 +154,8 @@ def _drawn(curve: Curve, colour: str, place: Callable[[float, float], str]) -> s
 
 
 def _extent(curve: Curve) -> list[float]:
-    errors = curve.errors or [0.0] * len(curve.values)
-    return [v + sign * 2.0 * e for v, e in zip(curve.values, errors, strict=True) for sign in (1.0, -1.0)]
+    upper, lower = curve.sides() or ([], [])
+    return [*curve.values, *upper, *lower]
 
 
 def _thinned(curve: Curve) -> Curve:
@@ -158,5 +168,8 @@ def _thinned(curve: Curve) -> Curve:
     def means(values: Sequence[float]) -> list[float]:
         return [sum(part := values[i : i + size]) / len(part) for i in starts]
 
-    errors = None if curve.errors is None else means(curve.errors)
-    return Curve(curve.name, [round(step) for step in means(curve.steps)], means(curve.values), errors)
+    steps, errors = [round(step) for step in means(curve.steps)], None if curve.errors is None else means(curve.errors)
+    if curve.spans is None:
+        return Curve(curve.name, steps, means(curve.values), errors)
+    lows, highs = (means([span[side] for span in curve.spans]) for side in (0, 1))
+    return Curve(curve.name, steps, means(curve.values), errors, list(zip(lows, highs, strict=True)))

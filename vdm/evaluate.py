@@ -13,8 +13,9 @@ from vdm.evaluation.altered import ALTERATIONS, NOISE, SEED, as_it_is
 from vdm.evaluation.catalogue import Metric, chosen
 from vdm.evaluation.clips import Clip, Shape
 from vdm.evaluation.extract import Extracted, Opened, Task, extract
-from vdm.evaluation.extractors import EXTRACTORS, THUMBNAIL
+from vdm.evaluation.extractors import THUMBNAIL, extractors
 from vdm.evaluation.judging import Judged
+from vdm.evaluation.options import USUAL, Options
 from vdm.evaluation.page import Confusion, Content, write_page
 from vdm.evaluation.per_clip import Line, lines_of, write_per_clip
 from vdm.evaluation.records import Record, digest, table, write_records
@@ -34,6 +35,7 @@ class Request:
     metrics: tuple[str, ...] | None = None
     weights_dir: Path = Path("weights")
     split: str = "all"
+    options: Options = USUAL
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ def evaluate(request: Request) -> list[Record]:
     have; the others return nothing. Raises UserError before anything is decoded where folders or names are wrong, and
     where too few clips are good.
     """
-    metrics = chosen(request.metrics)
+    metrics = chosen(request.metrics, request.options)
     generated, shape = clips.generated_clips(request.generated)
     reference, notes = clips.reference_clips(request.reference, split=request.split)
     listed = Listed(generated, reference, shape, notes)
     _require_writable(request.output_dir)
     with dist.together():
-        opened, missing = _opened(metrics, request.weights_dir, shape)
+        opened, missing = _opened(metrics, request.weights_dir, shape, request.options)
         ours, theirs = _extracted(listed, opened, request.output_dir / "cache")
         _require_clips(ours, theirs, shape)
         if not dist.is_main():
@@ -82,11 +84,14 @@ def _require_writable(folder: Path) -> None:
         probe.unlink()
 
 
-def _opened(metrics: Sequence[Metric], weights_dir: Path, shape: Shape) -> tuple[dict[str, Opened], dict[str, str]]:
+def _opened(
+    metrics: Sequence[Metric], weights_dir: Path, shape: Shape, options: Options
+) -> tuple[dict[str, Opened], dict[str, str]]:
     """The extractors that the metrics read, opened, and for the others what they lack."""
+    there = extractors(options)
     opened, missing = {}, {}
     for name in dict.fromkeys([THUMBNAIL, *(metric.extractor for metric in metrics)]):
-        extractor = EXTRACTORS[name]
+        extractor = there[name]
         if lack := extractor.missing(weights_dir, shape):
             missing[name] = lack
         else:
@@ -129,7 +134,7 @@ def _judged(
 
 def _protocol(listed: Listed, split: str) -> dict[str, object]:
     """What all records have in common."""
-    shape = listed.shape
+    shape, checkpoints = listed.shape, {clip.checkpoint for clip in listed.generated}
     return {
         "T": shape.num_frames,
         "fps": shape.fps,
@@ -143,6 +148,7 @@ def _protocol(listed: Listed, split: str) -> dict[str, object]:
         "seed": SEED,
         "ids_sha256": digest([clip.id for clip in listed.reference]),
         "code_version": __version__,
+        "checkpoint": (checkpoints.pop() or None) if len(checkpoints) == 1 else None,
     }
 
 

@@ -20,6 +20,7 @@ from vdm.evaluation.extract import Side, halves
 from vdm.evaluation.extractors import EXTRACTORS
 from vdm.evaluation.measures import Distance, PerClip, Score, Unmeasurable, column
 from vdm.metrics.frechet import frechet_distance
+from vdm.metrics.inception import inception_score
 from vdm.metrics.intervals import wilson
 
 
@@ -71,6 +72,30 @@ def test_a_score_is_of_one_side_and_varies_with_that_alone() -> None:
     with pytest.raises(Unmeasurable, match="needs at least 33 clips"):
         Score(mean, least=33)(rows, rows)
     assert found.value == 15.5 and (high - low) / 2 == pytest.approx(1.959964 * error, rel=1e-5)
+
+
+def test_the_spread_of_ten_shares_stands_beside_their_mean() -> None:
+    rows = side(np.random.default_rng(0).normal(size=(40, 5)).tolist())
+    ordered = sorted(range(40), key=lambda i: extract.digest(f"{i:04d}"))
+    mean, spread = inception_score(torch.from_numpy(rows.rows[ordered]), splits=10, seed=0)
+    found, beside = (METRICS[name].measure(rows, rows) for name in ("is_10_splits_std", "is_10_splits"))
+    assert found.value == spread > 0.0 and found.interval() is None
+    assert beside.value == mean and beside.interval() is not None
+    with pytest.raises(Unmeasurable, match="at least 20 clips"):
+        METRICS["is_10_splits_std"].measure(rows.part(range(19)), rows)
+
+
+def test_the_ratio_to_real_clips_is_godivas() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = (side((mean + 0.01 * rng.normal(size=(32, 4))).tolist()) for mean in (0.2, 0.25))
+    measure = METRICS["clipsim_rm"].measure
+    found = measure(ours, theirs)
+    assert found.value == pytest.approx(ours.rows[:, 0].mean() / theirs.rows[:, 0].mean()) and not measure.one_sided
+    low, high = found.interval() or (0.0, 0.0)
+    assert low < 0.8 < high < 0.9 and low > 0.7
+    assert measure(theirs, theirs).value == 1.0
+    with pytest.raises(Unmeasurable, match="do not match their prompts"):
+        measure(ours, side((-theirs.rows).tolist()))
 
 
 def test_halves_are_apart_and_of_one_size() -> None:

@@ -55,7 +55,7 @@ def test_rows_of_clip_are_its_scores_and_two_unit_vectors(monkeypatch: pytest.Mo
     }
     torch.manual_seed(0)
     clip = Clip(ClipNet(open_clip.CLIP(**config).eval(), "tiny", quick_gelu=False), "abc", "crop", CPU)
-    monkeypatch.setattr(networks, "load_clip", lambda path, device: clip)
+    monkeypatch.setattr(networks, "load_clip", lambda path, fit, device: clip)
     opened = networks.open_clip(Path("x"), CPU, SHAPE)
     assert (opened.sha256, opened.protocol["layer"], opened.protocol["resize"]) == ("abc", "tiny", "crop")
     rows = opened.rows(clips(), PROMPTS)

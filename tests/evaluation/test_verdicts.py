@@ -113,19 +113,19 @@ def test_r_precision_is_that_of_all_candidates() -> None:
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     rows = side(np.concatenate([means, texts], axis=1).tolist(), prompts)
-    values = r_precision(0, at=1)(rows, rows)
+    values = r_precision(0, at=1).values(rows, rows)
     assert values[:50].tolist() == [1.0] * 50 and 0.0 <= values[50:].mean() < 0.1
     alike = side(np.concatenate([means, np.ones((150, 6))], axis=1).tolist(), prompts)
-    assert np.allclose(r_precision(0, at=1)(alike, alike), 0.01) and np.allclose(
-        r_precision(0, at=5)(alike, alike), 0.05
+    assert np.allclose(r_precision(0, at=1).values(alike, alike), 0.01) and np.allclose(
+        r_precision(0, at=5).values(alike, alike), 0.05
     )
     order = rng.permutation(150)
     mixed = Side(tuple(rows.clips[i] for i in order), rows.rows[order])
-    assert np.array_equal(r_precision(0, at=1)(mixed, rows), values[order])
+    assert np.array_equal(r_precision(0, at=1).values(mixed, rows), values[order])
     few = side(rows.rows[:3].tolist(), prompts[:3])
-    assert np.array_equal(r_precision(0, at=1)(few, rows), values[:3]), (
+    assert np.array_equal(r_precision(0, at=1).values(few, rows), values[:3]), (
         "the other side's prompts are there to choose from"
     )
     with pytest.raises(Unmeasurable, match="needs 99 prompts of other templates"):
-        r_precision(0, at=1)(few, few)
+        r_precision(0, at=1).values(few, few)
     assert retrieval([torch.tensor([1.0, 0.5])]).recall[1] == 1.0

@@ -149,6 +149,9 @@ def test_two_runs_are_compared(command: Command, itself: Path, reference: Path, 
     assert found["frame_ssim"]["difference"] == pytest.approx(0.0, abs=1e-12), "the same clips, under other prompts"
     assert found["action_accuracy"]["difference"] <= 0.0 and found["frame_ssim"]["num_pairs"] == 6
 
+    page = (tmp_path / "compared" / "compare.html").read_text()
+    assert page.count("data-curves") == len(found) == 2 and "Metrics by run" in page, "no training step is known"
+
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     words = ("--generated", samples, "--reference", reference, "--output_dir", tmp_path / "other")
     assert command("vdm", "evaluate", *words, "--metrics", "frame_ssim", "--split", "train").code == 0
@@ -157,6 +160,28 @@ def test_two_runs_are_compared(command: Command, itself: Path, reference: Path, 
     for words in ("frame_ssim was not measured alike", "split all, ", " and train, "):
         assert words in result.error
     assert len(content) == 2
+
+
+@needs_classifier
+def test_choices_of_protocol_are_in_the_record_and_part_what_was_measured_otherwise(
+    command: Command, itself: Path, reference: Path, tmp_path: Path
+) -> None:
+    samples = as_samples(reference, tmp_path / "samples")
+    lines = [json.loads(line) for line in (samples / "samples.jsonl").read_text().splitlines()]
+    named = [json.dumps({**line, "checkpoint": "results/run/checkpoint-500"}) for line in lines]
+    (samples / "samples.jsonl").write_text("\n".join(named))
+    words = ("--generated", samples, "--reference", reference, "--output_dir", tmp_path / "out", "--cov", "biased")
+    assert command("vdm", "evaluate", *words, "--metrics", "fvd_toy,kvd_toy").code == 0
+    before, after = records(itself), records(tmp_path / "out")
+    assert (before["fvd_toy"]["protocol"]["cov"], after["fvd_toy"]["protocol"]["cov"]) == ("unbiased", "biased")
+    assert after["fvd_toy"]["floor"] == pytest.approx(before["fvd_toy"]["floor"] * 2 / 3, rel=0.2), "of 3 clips a side"
+    assert after["kvd_toy"]["protocol_hash"] == before["kvd_toy"]["protocol_hash"]
+    assert after["kvd_toy"]["protocol"]["checkpoint"] == "results/run/checkpoint-500"
+    result = command("vdm", "evaluate", "--compare", itself, tmp_path / "out")
+    assert result.code == 2 and "fvd_toy was not measured alike" in result.error
+    assert "cov unbiased and biased" in result.error
+    result = command("vdm", "evaluate", *words[:-2], "--cov", "half")
+    assert result.code == 2 and "invalid choice: 'half'" in result.error
 
 
 def test_the_selftest_says_what_is_there_and_what_is_off(command: Command, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdm.errors import UserError
 from vdm.metrics.frechet import frechet_distance
-from vdm.metrics.intervals import Z95, bootstrap_mean, jackknife, paired_difference, wilson
+from vdm.metrics.intervals import Z95, bootstrap_mean, jackknife, median_interval, paired_difference, wilson
 
 # Shares
 
@@ -39,6 +39,31 @@ def test_the_ends_of_a_share_are_where_a_test_would_reject(n: int, share: float)
     assert 0 <= low <= successes / n <= high <= 1
     for end in (low, high):
         assert (successes / n - end) ** 2 == pytest.approx(Z95**2 * end * (1 - end) / n, rel=1e-6, abs=1e-15)
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (100, (40, 61))])
+def test_medians_by_the_tables(n: int, ranks: tuple[int, int]) -> None:
+    values = np.random.default_rng(n).permutation(n) + 1.0
+    assert median_interval(values.tolist()) == ranks
+
+
+@given(st.integers(6, 300))
+def test_medians_are_covered_by_no_more_than_is_needed(n: int) -> None:
+    """Exactly, by the binomial distribution."""
+    low, high = (int(rank) for rank in median_interval(range(1, n + 1)))
+    assert low + high == n + 1, "as far from the one end as from the other"
+
+    def covered(rank: int) -> float:
+        return sum(math.comb(n, below) for below in range(rank, n - rank + 1)) / 2**n
+
+    assert covered(low) >= 0.95 > covered(low + 1)
+
+
+def test_medians_of_few_values_and_of_none() -> None:
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0) and median_interval([5.0]) == (5.0, 5.0)
+    for values in ([], [1.0, math.nan]):
+        with pytest.raises(UserError, match="no median"):
+            median_interval(values)
 
 
 def test_shares_are_covered() -> None:

@@ -41,7 +41,7 @@ class Shape:
 @dataclass(frozen=True)
 class Clip:
     """One clip of a side. `id` is its file's name in a sample folder, its own in a reference; `sha256` that of its
-    bytes. Template and placeholders are SSv2's, and empty where there are none."""
+    bytes. Template and placeholders are SSv2's, and empty where there are none; `checkpoint` is what made it."""
 
     id: str
     path: File
@@ -50,6 +50,7 @@ class Clip:
     seed: int | None = None
     template: str = ""
     placeholders: tuple[str, ...] = ()
+    checkpoint: str = ""
 
 
 class BadClip(Exception):
@@ -86,9 +87,12 @@ def generated_clips(folder: Path) -> tuple[list[Clip], Shape]:
             f"{folder} holds {_several(strays)} without a prompt in {SAMPLES}; add a line for each, or move them away"
         )
     clips = [
-        Clip(name, folder / name, str(entry["prompt"]), _sha256(folder / name), int(str(entry["seed"])))
+        Clip(
+            name, folder / name, str(entry["prompt"]), _sha256(folder / name), int(str(entry["seed"])),
+            checkpoint=str(entry.get("checkpoint", "")),
+        )
         for name, entry in sorted(entries.items())
-    ]
+    ]  # fmt: skip
     _refuse_twins(clips, folder)
     return clips, shape
 

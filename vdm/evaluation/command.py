@@ -16,6 +16,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.flag("--generated", type=Path, metavar="DIR", help="a folder that sample.py wrote")
     parser.flag("--reference", type=Path, metavar="DIR", help="real clips: a folder in SSv2 layout")
     parser.flag("--split", choices=("all", "train", "validation"), default="all", help="of the reference (default all)")
+    _options_of_protocol(parser)
     parser.flag("--metrics", metavar="a,b,...", help="which to measure; all by default, but those that lack weights")
     parser.flag("--weights_dir", type=Path, default=Path("weights"), metavar="DIR", help="weight files (weights)")
     parser.flag(
@@ -33,11 +34,24 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         from vdm.evaluation.compare import compare, table
 
         print(table(compare(options.compare, options.output_dir)), end="")
+        print(f"wrote compare.json and compare.html to {options.output_dir}")
     else:
         for name, folder in sides.items():
             if folder is None:
                 raise UserError(f"vdm evaluate needs --{name} DIR; see vdm evaluate --help")
         _measure(options)
+
+
+def _options_of_protocol(parser: Parser) -> None:
+    """Spelled out, for to ask vdm.evaluation.options would be to import torch before a mistake is told."""
+    parser.flag("--resize", choices=("squash", "crop"), default="squash", help="frames for I3D (squash)")
+    parser.flag("--interp", choices=("torch", "tf1", "aa"), default="torch", help="bilinear rule for I3D (torch)")
+    parser.flag(
+        "--bn_eps", type=float, choices=(1e-3, 1e-5), default=1e-3,
+        help="of I3D: 1e-3 as it was defined, 1e-5 as in the tables of VideoGPT, TATS and LVDM (1e-3)",
+    )  # fmt: skip
+    parser.flag("--cov", choices=("unbiased", "biased"), default="unbiased", help="of Frechet distances (unbiased)")
+    parser.flag("--clip_resize", choices=("crop", "squash", "pad"), default="crop", help="frames for CLIP (crop)")
 
 
 def _selftest(weights_dir: Path) -> None:
@@ -51,11 +65,13 @@ def _selftest(weights_dir: Path) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     from vdm.evaluate import Request, evaluate
+    from vdm.evaluation.options import CHOICES, Options
     from vdm.evaluation.records import table
 
     names = None if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
     fields = ("generated", "reference", "output_dir", "weights_dir", "split")
-    records = evaluate(Request(**{name: getattr(options, name) for name in fields}, metrics=names))
+    protocol = Options(**{name: getattr(options, name) for name in CHOICES})
+    records = evaluate(Request(**{name: getattr(options, name) for name in fields}, metrics=names, options=protocol))
     if records:  # only the main process has them
         print(table(records), end="")
         print(f"wrote metrics.json, metrics.md, per_clip.jsonl and report.html to {options.output_dir}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vdm.errors import UserError
+from vdm.evaluation.compare_page import Row, Run, write_compare_page
 from vdm.evaluation.per_clip import Line, read_per_clip
 from vdm.evaluation.records import Record, interval, number, read_records, require_comparable
 from vdm.files import replacing
@@ -37,9 +38,19 @@ class Difference:
     num_pairs: int | None
     note: str = ""
 
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.ci95 is not None and not self.ci95[0] <= 0 <= self.ci95[1]
+
+    @property
+    def clips(self) -> str:
+        return "unpaired" if self.num_pairs is None else f"{self.num_pairs} pairs"
+
 
 def compare(folders: Sequence[Path], output_dir: Path) -> list[Difference]:
-    """Every run against the first, by each metric that all have a value of; written to `compare.json`.
+    """Every run against the first, by each metric that all have a value of; written to `compare.json`, and with curves
+    over the runs to `compare.html`.
 
     Raises UserError where a folder is not that of an evaluation, where a metric was not measured alike in all, and
     where they have no metric in common.
@@ -58,6 +69,9 @@ def compare(folders: Sequence[Path], output_dir: Path) -> list[Difference]:
             both = records[0][name], records[i][name]
             names = str(folders[0]), str(folders[i])
             found.append(_difference(both, names, (_values(lines[0], name), _values(lines[i], name))))
+    runs = [Run(str(folder), one) for folder, one in zip(folders, records, strict=True)]
+    rows = [Row(one.metric, one.other, one.difference, one.ci95, one.clips, one.note, one.sure) for one in found]
+    write_compare_page(output_dir, runs, common, rows)
     with replacing(output_dir / FILE, remedy="choose another --output_dir") as file:
         file.write_text(json.dumps([asdict(one) for one in found], indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return found
@@ -100,8 +114,7 @@ def table(found: Sequence[Difference]) -> str:
     rows = [
         [
             one.metric, one.other, number(one.value_first), number(one.value_other),
-            f"{one.difference:+.4g}" + ("*" if one.ci95 and not one.ci95[0] <= 0 <= one.ci95[1] else ""),
-            interval(one.ci95), "unpaired" if one.num_pairs is None else f"{one.num_pairs} pairs", one.note,
+            f"{one.difference:+.4g}" + ("*" if one.sure else ""), interval(one.ci95), one.clips, one.note,
         ]
         for one in found
     ]  # fmt: skip

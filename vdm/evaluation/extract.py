@@ -7,11 +7,12 @@ the same order, however many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 from tqdm import tqdm
 
 from vdm import dist
@@ -25,28 +26,32 @@ BATCH = 4  # clips decoded and held at a time
 SAVE_EVERY = 64  # batches, after which what was extracted is written down
 
 Rows = npt.NDArray[np.floating]
+Texts = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Opened:
     """An extractor that is ready: `rows` of uint8 (B,T,H,W,3) and their B prompts are (B,D) floats, each of its own
-    clip alone. `protocol` is what these depend on besides the clips."""
+    clip alone. `protocol` is what these depend on besides the clips. `texts`, of those that read any, are unit vectors
+    (n,D) of n texts, to be held against the rows."""
 
     rows: Callable[[Frames, Sequence[str]], Rows]
     protocol: Mapping[str, object] = field(default_factory=dict)
     sha256: str | None = None  # of its weights
     warning: str = ""  # about them, for every record that they are in
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True)
 class Side:
-    """Clips in the order of their ids, and a row (N,D) for each."""
+    """Clips in the order of their ids, and a row (N,D) for each; `texts` as the extractor has them."""
 
     clips: tuple[Clip, ...]
     rows: Rows
+    texts: Texts | None = None
 
     def part(self, places: Sequence[int]) -> Side:
-        return Side(tuple(self.clips[i] for i in places), self.rows[list(places)])
+        return replace(self, clips=tuple(self.clips[i] for i in places), rows=self.rows[list(places)])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from vdm.evaluation import networks, pixels, verdicts
 from vdm.evaluation.clips import Shape
 from vdm.evaluation.extract import Opened
+from vdm.evaluation.options import USUAL, Options
 from vdm.files import is_file
 from vdm.metrics import videomae
 from vdm.metrics.toy import SHIPPED
@@ -52,19 +54,31 @@ class Extractor:
 
 
 I3D_FILES = ("i3d_torchscript.pt", "i3d_pretrained_400.pt")
-EXTRACTORS: dict[str, Extractor] = {
-    THUMBNAIL: Extractor(pixels.open_thumbnails),
-    "frames": Extractor(pixels.open_frames, frames=(2, MOST_FRAMES), side=11),
-    "flows": Extractor(pixels.open_flows, frames=(3, MOST_FRAMES), side=16),
-    "judge": Extractor(verdicts.open_judge, frames=(2, MOST_FRAMES)),
-    "toy": Extractor(networks.open_toy, shipped=SHIPPED),
-    "i3d": Extractor(networks.open_i3d, I3D_FILES, frames=(9, MOST_FRAMES)),
-    "i3d_rep2": Extractor(networks.open_i3d, I3D_FILES, frames=(5, 8)),
-    "i3d_imagenet": Extractor(
-        networks.open_i3d_imagenet, ("rgb_imagenet.pt", "model_rgb.pth"), frames=(9, MOST_FRAMES)
-    ),
-    "videomae": Extractor(networks.open_videomae, (videomae.FILE,), frames=(videomae.NUM_FRAMES, videomae.NUM_FRAMES)),
-    "c3d": Extractor(networks.open_c3d, ("c3d_ucf101.pt", "conv3d_deepnetA_ucf.npz"), frames=(16, 16)),
-    "clip": Extractor(networks.open_clip, ("ViT-B-32.pt", "open_clip_model.safetensors"), frames=(2, MOST_FRAMES)),
-    "dino": Extractor(networks.open_dino, ("dino_vitbase16_pretrain.pth",), frames=(2, MOST_FRAMES)),
-}
+IMAGENET_FILES = ("rgb_imagenet.pt", "model_rgb.pth")
+
+
+def extractors(options: Options) -> dict[str, Extractor]:
+    """All by name, with these choices of protocol."""
+    i3d, imagenet, clip = (
+        partial(opened, options=options)
+        for opened in (networks.open_i3d, networks.open_i3d_imagenet, networks.open_clip)
+    )
+    return {
+        THUMBNAIL: Extractor(pixels.open_thumbnails),
+        "frames": Extractor(pixels.open_frames, frames=(2, MOST_FRAMES), side=11),
+        "flows": Extractor(pixels.open_flows, frames=(3, MOST_FRAMES), side=16),
+        "judge": Extractor(verdicts.open_judge, frames=(2, MOST_FRAMES)),
+        "toy": Extractor(networks.open_toy, shipped=SHIPPED),
+        "i3d": Extractor(i3d, I3D_FILES, frames=(9, MOST_FRAMES)),
+        "i3d_rep2": Extractor(i3d, I3D_FILES, frames=(5, 8)),
+        "i3d_imagenet": Extractor(imagenet, IMAGENET_FILES, frames=(9, MOST_FRAMES)),
+        "videomae": Extractor(
+            networks.open_videomae, (videomae.FILE,), frames=(videomae.NUM_FRAMES, videomae.NUM_FRAMES)
+        ),
+        "c3d": Extractor(networks.open_c3d, ("c3d_ucf101.pt", "conv3d_deepnetA_ucf.npz"), frames=(16, 16)),
+        "clip": Extractor(clip, ("ViT-B-32.pt", "open_clip_model.safetensors"), frames=(2, MOST_FRAMES)),
+        "dino": Extractor(networks.open_dino, ("dino_vitbase16_pretrain.pth",), frames=(2, MOST_FRAMES)),
+    }
+
+
+EXTRACTORS = extractors(USUAL)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vdm.evaluation.altered import ALTERATIONS
 from vdm.evaluation.catalogue import Metric
 from vdm.evaluation.extract import Extracted, Opened, Side, halves
-from vdm.evaluation.measures import Found, Measure, PerClip, Unmeasurable, Values
+from vdm.evaluation.measures import Distance, Found, Measure, PerClip, Unmeasurable, Values
 from vdm.evaluation.records import Record, make_record
 
 MOST_NAMED = 20  # clips that were left out; per_clip.jsonl has all
@@ -35,21 +35,26 @@ def judged(
 ) -> Judged:
     """What a metric makes of the generated side; skipped where there are too few clips, or none that it is for."""
     protocol = {**base, **extractor.protocol, **metric.protocol}
-    generated, reference = ours.side(metric.extractor), theirs.side(metric.extractor)
+    generated, reference, *others = (
+        replace(side, texts=extractor.texts)
+        for side in (ours.side(metric.extractor), *(theirs.side(metric.extractor, look) for look in ("", *ALTERATIONS)))
+    )
     try:
         found = metric.measure(generated, reference)
+        interval = found.interval()
     except Unmeasurable as problem:
         return skipped(metric, str(problem), protocol, weights=extractor.sha256)
     beside = _try(metric.measure, reference, reference) if metric.measure.one_sided else None
-    altered = {look: theirs.side(metric.extractor, look) for look in ALTERATIONS}
+    altered = dict(zip(ALTERATIONS, others, strict=True))
+    by_chance = {} if found.chance is None else {"chance": found.chance}
     record = Record(
         metric.name,
         found.value,
-        found.interval(),
+        interval,
         n_generated=found.count,
         n_reference=len(reference.clips) if not metric.measure.one_sided else beside.count if beside else 0,
         floor=_floor(metric.measure, reference, most=len(generated.clips)),
-        ceilings=_ceilings(metric.measure, reference, altered, most=len(generated.clips)),
+        ceilings=by_chance | _ceilings(metric.measure, reference, altered, most=len(generated.clips)),
         valid=found.valid,
         warnings=tuple(_warnings(metric.measure, found, generated, reference, extractor.warning)),
         weights_sha256=extractor.sha256,
@@ -99,12 +104,13 @@ def _ceilings(measure: Measure, reference: Side, altered: Mapping[str, Side], *,
 
 def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, about_weights: str) -> list[str]:
     told = [about_weights] if about_weights else []
+    shifts = isinstance(measure, Distance) and measure.shifts
     if not found.valid:
         told.append("there are fewer clips than features, so the value is not valid; look at the kernel distance")
-    elif not measure.one_sided and len(generated.clips) != len(reference.clips):
+    elif shifts and len(generated.clips) != len(reference.clips):
         counts = f"{len(generated.clips)} generated and {len(reference.clips)} reference clips"
         told.append(f"{counts}: compare only with values of the same numbers")
-    if not measure.one_sided and len(reference.clips) < 2 * len(generated.clips):
+    if shifts and len(reference.clips) < 2 * len(generated.clips):
         told.append(f"floor and ceilings are of {len(reference.clips) // 2} clips a side; of more they would be lower")
     prompts = len({clip.prompt for clip in generated.clips})
     if isinstance(measure, PerClip) and not measure.share and prompts < FEW_PROMPTS:

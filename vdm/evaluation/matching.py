@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -12,20 +12,34 @@ import torch
 from vdm.data.captions import SLOT
 from vdm.errors import UserError
 from vdm.evaluation.extract import Rows, Side
-from vdm.evaluation.measures import SEED, Unmeasurable, Values
-from vdm.metrics.retrieval import Caption, expected_credit, rp100
+from vdm.evaluation.measures import SEED, PerClip, Unmeasurable, Values
+from vdm.metrics.retrieval import Caption, expected_credit, expected_rank, rp100
 from vdm.templates import SSV2_TEMPLATES
 
 OTHERS = 99
 Captions = tuple[Caption, ...]
 
 
-def r_precision(first: int, *, at: int) -> Callable[[Side, Side], Values]:
-    """1 where the own prompt is among the best `at`, in part where it is so by lot: (N,).
+def r_precision(first: int, *, at: int) -> PerClip:
+    """The share of clips whose own prompt is among the best `at`, counted in part where it is so by lot.
 
     Rows hold, from column `first` on, the unit vectors of the mean frame and of the prompt. Prompts to choose from are
     those of both sides.
     """
+
+    def by_lot(side: Side, reference: Side) -> Values:
+        return np.full(len(side.clips), at / (1 + OTHERS))
+
+    return PerClip(_of_scores(first, lambda scores: expected_credit(scores, at=at)), share=True, chance=by_lot)
+
+
+def r_precision_rank(first: int) -> Callable[[Side, Side], Values]:
+    """The own prompt's place among the same prompts, from 1: (N,)."""
+    return _of_scores(first, expected_rank)
+
+
+def _of_scores(first: int, function: Callable[[torch.Tensor], float]) -> Callable[[Side, Side], Values]:
+    """A function of the scores (100,) of each clip's prompts, the own first."""
 
     def values(side: Side, reference: Side) -> Values:
         pool: dict[str, Caption] = {}
@@ -41,7 +55,7 @@ def r_precision(first: int, *, at: int) -> Callable[[Side, Side], Values]:
         scores = [
             (np.stack([vectors[text] for text in texts]) * mean).sum(1) for texts, mean in zip(sets, means, strict=True)
         ]
-        return np.array([expected_credit(torch.from_numpy(one), at=at) for one in scores])
+        return np.array([function(torch.from_numpy(one)) for one in scores])
 
     return values
 
@@ -64,12 +78,11 @@ def _caption(prompt: str, template: str, name: str) -> Caption:
 def template_of(prompt: str) -> str:
     """The template of Something-Something that a prompt fills, the one with most words of its own; else the prompt."""
     words = " ".join(prompt.lower().split()).rstrip(" .")
-    fitting = [template for template, pattern in _PATTERNS if pattern.fullmatch(words)]
+    fitting = [template for template in SSV2_TEMPLATES if pattern(template).fullmatch(words)]
     return max(fitting, key=lambda template: len(SLOT.sub("", template)), default=prompt)
 
 
-def _pattern(template: str) -> re.Pattern[str]:
+@cache
+def pattern(template: str) -> re.Pattern[str]:
+    """What fits all prompts that fill a template, in lower case, with a group for each slot."""
     return re.compile("(.+)".join(re.escape(part) for part in SLOT.split(template.lower())))
-
-
-_PATTERNS = [(template, _pattern(template)) for template in SSV2_TEMPLATES]

@@ -1,6 +1,6 @@
-"""What becomes of rows: the mean over clips, the distance of two sets, or the score of one; and how sure it is.
+"""What becomes of rows: mean or median of clips, the distance of two sets, or the score of one; and how sure it is.
 
-All three are called alike, so a metric holds one of them and nobody asks which.
+All of them are called alike, so a metric holds one of them and nobody asks which.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vdm.evaluation.extract import Side
 from vdm.evaluation.records import digest
-from vdm.metrics.intervals import Z95, bootstrap_mean, jackknife, wilson
+from vdm.metrics.intervals import Z95, bootstrap_mean, jackknife, median_interval, wilson
 
 SEED = 0
 BLOCKS = 16  # of the jackknife
@@ -33,24 +33,28 @@ class Unmeasurable(Exception):
 @dataclass(frozen=True)
 class Found:
     """What a measure makes of two sides. `values` are those of single clips (N,), NaN where one does not count, None
-    where no clip has one of its own. The interval takes time, so it is asked for apart."""
+    where no clip has one of its own; `chance` is the value of choices without meaning. The interval takes time, so it
+    is asked for apart, and raises Unmeasurable too."""
 
     value: float
     count: int
     interval: Callable[[], Interval | None]
     values: Values | None = None
     valid: bool = True
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
 class PerClip:
     """The mean of a number that each clip has: `values(side, reference)` are (N,), NaN where a clip does not count.
 
-    The interval is a bootstrap over prompts, or Wilson's for a share of clips.
+    The interval is a bootstrap over prompts, or Wilson's for a share of clips. `chance` is of each clip what a choice
+    without meaning would give it.
     """
 
     values: Callable[[Side, Side], Values]
     share: bool = False
+    chance: Callable[[Side, Side], Values] | None = None
     one_sided: bool = True
 
     def __call__(self, generated: Side, reference: Side) -> Found:
@@ -69,7 +73,22 @@ class PerClip:
                 return None
             return bootstrap_mean(torch.from_numpy(values[counted]), prompts, seed=SEED)
 
-        return Found(total / count, count, interval, values)
+        chance = None if self.chance is None else float(self.chance(generated, reference)[counted].mean())
+        return Found(total / count, count, interval, values, chance=chance)
+
+
+@dataclass(frozen=True)
+class Median:
+    """The middle of a number that each clip has, with an interval from one value of these to another."""
+
+    values: Callable[[Side, Side], Values]
+    one_sided: bool = True
+
+    def __call__(self, generated: Side, reference: Side) -> Found:
+        """Raises Unmeasurable."""
+        values = self.values(generated, reference)
+        # Single values are not given away: the mean of their differences is not the difference of the middles.
+        return Found(float(np.median(values)), len(values), lambda: median_interval(values.tolist()))
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Distance:
     least: int = 2
     trusted: int = 2
     certain: bool = True  # whether an interval is worth its time
+    shifts: bool = True  # with the number of clips
     one_sided: bool = False
 
     def __call__(self, generated: Side, reference: Side) -> Found:
@@ -110,15 +130,17 @@ class Score:
     of: Callable[[Tensor], float]
     columns: Columns = ALL
     least: int = 2
+    certain: bool = True
     one_sided: bool = True
 
     def __call__(self, generated: Side, reference: Side) -> Found:
         """Raises Unmeasurable."""
         # The jackknife leaves out blocks of the other side as well, which changes nothing and so adds no variance.
-        return Distance(lambda x, y: self.of(x), self.columns, self.least)(generated, generated)
+        of = Distance(lambda x, y: self.of(x), self.columns, self.least, certain=self.certain)
+        return of(generated, generated)
 
 
-Measure = PerClip | Distance | Score
+Measure = PerClip | Median | Distance | Score
 
 
 def column(index: int, *, share: bool = False) -> PerClip:

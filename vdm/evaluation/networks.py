@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vdm.data.transforms import Frames, resize
 from vdm.errors import UserError
 from vdm.evaluation.clips import Shape
 from vdm.evaluation.extract import Opened, Rows
+from vdm.evaluation.options import USUAL, Options
 from vdm.metrics.c3d import c3d_logits, load_c3d
-from vdm.metrics.clip import CLIP_SCORE_PREFIX, clip_score, clipsim, load_clip
+from vdm.metrics.clip import CLIP_SCORE_PREFIX, Clip, clip_score, clipsim, load_clip
 from vdm.metrics.consistency import background_consistency, subject_consistency
-from vdm.metrics.fvd import FVDProtocol, i3d_features, repeats
+from vdm.metrics.fvd import i3d_features, repeats
 from vdm.metrics.i3d import load_i3d
 from vdm.metrics.i3d_files import FVD, IMAGENET
 from vdm.metrics.precision import full_precision
@@ -28,6 +30,7 @@ from vdm.metrics.videomae import load_videomae
 from vdm.metrics.vit import load_dino
 from vdm.weights import sha256
 
+TEXTS = 64  # that are read at a time
 CLIP_COLUMNS = ("clipsim", "clip_score", "background_consistency")  # then the mean frame, then the text
 
 
@@ -41,25 +44,25 @@ def each(function: Callable[[Tensor, str], Tensor]) -> Callable[[Frames, Sequenc
     return rows
 
 
-def open_i3d(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+def open_i3d(path: Path | None, device: torch.device, shape: Shape, options: Options = USUAL) -> Opened:
     """The 400 logits of the network that FVD is defined by."""
-    return _open_i3d(path, device, shape, FVD)
+    return _open_i3d(path, device, shape, options, FVD)
 
 
-def open_i3d_imagenet(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+def open_i3d_imagenet(path: Path | None, device: torch.device, shape: Shape, options: Options = USUAL) -> Opened:
     """The same network with the weights that began from ImageNet."""
-    return _open_i3d(path, device, shape, IMAGENET)
+    return _open_i3d(path, device, shape, options, IMAGENET)
 
 
-def _open_i3d(path: Path | None, device: torch.device, shape: Shape, metric: str) -> Opened:
+def _open_i3d(path: Path | None, device: torch.device, shape: Shape, options: Options, metric: str) -> Opened:
     assert path is not None
-    loaded = load_i3d(path)
+    loaded = load_i3d(path, bn_eps=options.bn_eps)
     if loaded.metric != metric:
         raise UserError(
             f"{path} holds the weights of {loaded.metric}, not of {metric}; name the file as it was given out"
         )
     net = loaded.net.to(device)
-    protocol = FVDProtocol(repeat=repeats(shape.num_frames))
+    protocol = options.of_i3d(repeat=repeats(shape.num_frames))
     record = {key: getattr(protocol, key) for key in ("resize", "interp", "layer", "bn_eps", "repeat")}
     rows = each(lambda clip, prompt: i3d_features(clip, net, protocol=protocol)[0])
     return Opened(rows, {**record, "dtype": "float32"}, loaded.sha256, loaded.warning)
@@ -74,10 +77,10 @@ def open_c3d(path: Path | None, device: torch.device, shape: Shape) -> Opened:
     return Opened(rows, {"layer": "logits101", "resize": "squash", "dtype": "float32"}, net.sha256)
 
 
-def open_clip(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+def open_clip(path: Path | None, device: torch.device, shape: Shape, options: Options = USUAL) -> Opened:
     """CLIP_COLUMNS, then the unit vectors of the mean frame and of the prompt."""
     assert path is not None
-    clip = load_clip(path, device=str(device))
+    clip = load_clip(path, fit=options.clip_resize, device=str(device))
 
     def row(frames: Tensor, prompt: str) -> Tensor:
         found, texts = clip.frames(frames), clip.texts([prompt, CLIP_SCORE_PREFIX + prompt])
@@ -87,7 +90,25 @@ def open_clip(path: Path | None, device: torch.device, shape: Shape) -> Opened:
         return torch.cat([*(score.double() for score in scores), (middle / middle.norm())[0], texts[0].double()])
 
     protocol = {"layer": clip.model, "resize": clip.fit, "interp": "bicubic aa", "dtype": "float32"}
-    return Opened(each(row), protocol, clip.sha256)
+    return Opened(each(row), protocol, clip.sha256, texts=Texts(clip))
+
+
+class Texts:
+    """Unit vectors (n,D) of texts, on the CPU; each distinct text is read once."""
+
+    def __init__(self, clip: Clip):
+        self._clip = clip
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        new = sorted(set(texts) - self._known.keys())
+        starts = range(0, len(new), TEXTS)
+        for start in tqdm(starts, desc="prompts to choose from", unit_scale=TEXTS, disable=len(new) < 20 * TEXTS):
+            part = new[start : start + TEXTS]
+            # As many at a time always, so that no vector depends on how many others are asked for.
+            vectors = self._clip.texts([*part, *[part[-1]] * (TEXTS - len(part))])
+            self._known |= dict(zip(part, vectors, strict=False))
+        return torch.stack([self._known[text] for text in texts])
 
 
 def open_dino(path: Path | None, device: torch.device, shape: Shape) -> Opened:

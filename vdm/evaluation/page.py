@@ -19,7 +19,7 @@ from vdm.evaluation import bars
 from vdm.evaluation.catalogue import Metric
 from vdm.evaluation.clips import Clip, Shape, read_generated, read_reference
 from vdm.evaluation.per_clip import Line
-from vdm.evaluation.records import Record, interval, number
+from vdm.evaluation.records import Record, interval, notes_of, number
 from vdm.files import replacing
 from vdm.metrics.intervals import wilson
 
@@ -27,11 +27,22 @@ FILE = "report.html"
 MOST_SHOWN = 4  # best clips, and as many worst
 STYLE = """
 body { max-width: 1500px } h2 { margin-top: 1.6em } .bad { color: #a4262c } small { color: #666 }
-table.plain td, table.plain th { padding: 3px 1em 3px 0; text-align: left; vertical-align: top }
+h1 { font-size: 1.5em; margin: 0 } h1 + p { margin: .2em 0; color: #666 }
+table.plain { border-collapse: collapse; font-size: 14px; line-height: 1.3 }
+table.plain td, table.plain th { padding: 4px 1.4em 4px 0; text-align: left; white-space: nowrap }
+table.plain td:first-child { white-space: normal; max-width: 24em }
+table.plain th { font-weight: 400; color: #666 } table.plain tr { border-bottom: 1px solid #eee }
+table.notes td { white-space: normal; vertical-align: top; font-size: 13px }
+table.notes td:first-child { width: 36% }
+main { grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1em }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px } details { margin: .3em 0 }
 pre { background: #f6f6f6; padding: .6em; overflow-x: auto; font-size: 12px }
 .confusion td { width: 2.1em; height: 2.1em; text-align: center; font-size: 12px; border: 1px solid #eee }
 .confusion th { font-weight: 400; font-size: 12px; text-align: left; padding-right: .8em; white-space: nowrap }
+"""
+SCRIPT = """
+for (const video of document.querySelectorAll("video"))
+  video.addEventListener("click", () => video.paused ? video.play() : video.pause());
 """
 
 
@@ -70,7 +81,8 @@ def write_page(folder: Path, content: Content) -> Path:
     ]
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{view.STYLE}{bars.STYLE}{STYLE}</style>\n</head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
+        f"<style>{view.STYLE}{bars.STYLE}{STYLE}</style>\n</head>\n<body>\n{''.join(parts)}"
+        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
     with replacing(folder / FILE, remedy="choose another --output_dir") as file:
         file.write_bytes(page.encode("utf-8", "replace"))
@@ -84,28 +96,29 @@ def _records(content: Content) -> str:
     rows = "".join(
         _row(record, metric) for record, metric in zip(content.records, content.metrics, strict=True) if record.ok
     )
-    skipped = "".join(
-        f"<tr><th>{html.escape(record.metric)}</th><td>{html.escape(record.status)}</td></tr>\n"
-        for record in content.records
-        if not record.ok
+    heads = ("metric", "value", "95 %", "reference", "floor", "", "better", "clips")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    notes = "".join(
+        f"<tr><td>{html.escape(names)}</td><td>{html.escape(sentence)}</td></tr>\n"
+        for names, sentence in notes_of(content.records)
     )
-    head = "<tr><th>metric</th><th>value</th><th>95 %</th><th>floor</th><th></th><th>better</th><th>clips</th></tr>\n"
-    left_out = f'<h2>Skipped</h2>\n<table class="plain">\n{skipped}</table>\n' if skipped else ""
-    return f'<h2>Metrics</h2>\n{bars.legend()}<table class="plain">\n{head}{rows}</table>\n{left_out}'
+    told = f'<h2>Notes</h2>\n<table class="plain notes">\n{notes}</table>\n' if notes else ""
+    return f'{bars.legend()}<table class="plain">\n<tr>{head}</tr>\n{rows}</table>\n{told}'
 
 
 def _row(record: Record, metric: Metric) -> str:
-    sentences = list(record.warnings)
-    if metric.better == "as the reference" and record.off is not None:
-        sentences.insert(0, f"{number(record.off)} off the reference")
-    told = "".join(f"<br><small>{html.escape(sentence)}</small>" for sentence in sentences)
-    invalid = "" if record.valid else ' <b class="bad">not valid</b>'
-    return (
-        f"<tr><th>{html.escape(record.metric)}</th><td><b>{number(record.value)}</b>{invalid}</td>"
-        f"<td>{interval(record.ci95)}</td><td>{number(record.floor)}</td><td>{bars.bar(record)}"
-        f"<small>{html.escape(metric.about)}</small>{told}</td>"
-        f"<td>{metric.better}</td><td>{record.n_generated} / {record.n_reference}</td></tr>\n"
+    invalid = "" if record.valid else '<br><b class="bad">not valid</b>'
+    cells = (
+        f"<b>{html.escape(record.metric)}</b><br><small>{html.escape(metric.about)}</small>",
+        f"<b>{number(record.value)}</b>{invalid}",
+        interval(record.ci95),
+        number(record.ceilings.get("reference")),
+        number(record.floor),
+        bars.bar(record),
+        metric.better,
+        f"{record.n_generated} / {record.n_reference}",
     )
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
 
 
 def _protocols(records: Sequence[Record]) -> str:
@@ -131,7 +144,8 @@ def _actions(confusion: Confusion) -> str:
         right = confusion.columns.index(name) if name in confusion.columns else -1
         hits = int(confusion.counts[i, right]) if right >= 0 else 0
         cells = "".join(
-            f'<td style="background:rgba(31,111,180,{count / totals[i]:.2f})">{int(count) or ""}</td>'
+            f'<td style="background:rgba(31,111,180,{count / totals[i]:.2f});'
+            f'color:{"#fff" if 2 * count > totals[i] else "#222"}">{int(count) or ""}</td>'
             for count in confusion.counts[i]
         )
         share = interval(wilson(hits, int(totals[i])))
@@ -192,7 +206,8 @@ def _clips(content: Content) -> str:
     by = f"by the mean of their ranks in {', '.join(names)}" if names else "in the order of their names"
     generated = {clip.id: clip for clip in content.generated}
     reference = {clip.id: clip for clip in content.reference}
-    parts = [f"<h2>Clips</h2>\n<p>Left: generated; right: the reference clip nearest to it. Best and worst {by}.</p>\n"]
+    told = "Left: generated; right: the reference clip nearest to it. A click stops or starts one."
+    parts = [f"<h2>Clips</h2>\n<p>{told} Best and worst {by}.</p>\n"]
     with tempfile.TemporaryDirectory() as folder:
         for title, lines in (("Best", best), ("Worst", worst)):
             if lines:
@@ -218,7 +233,8 @@ def _pairs(
         yield (
             f'<figure>\n<div class="pair">{videos}</div>\n<figcaption><b>{html.escape(line.prompt)}</b>'
             f"<small>{html.escape(line.id)}; nearest {html.escape(theirs.id)} ({html.escape(theirs.prompt)})"
-            f"{away}<br>{html.escape(values)}</small></figcaption>\n</figure>\n"
+            f"{away}</small><details><summary><small>values</small></summary><small>{html.escape(values)}</small></details>"
+            "</figcaption>\n</figure>\n"
         )
 
 
@@ -226,4 +242,4 @@ def _video(frames: Frames, fps: float, file: Path) -> str:
     """Encoded anew, so that a browser plays whatever the file was."""
     write_video(file, frames, fps=fps)
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<video autoplay controls loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'

@@ -21,10 +21,10 @@ OK = "ok"
 # Every protocol has these, null where a metric does not know the word.
 PROTOCOL_KEYS = (
     "n_real", "n_gen", "T", "fps", "stride", "height", "width", "resize", "interp", "codec", "layer", "weights_sha256",
-    "bn_eps", "cov", "dtype", "seed", "ids_sha256", "code_version", "valid", "warnings",
+    "bn_eps", "cov", "dtype", "seed", "ids_sha256", "code_version", "checkpoint", "valid", "warnings",
 )  # fmt: skip
-# What came out, rather than how it was measured: no part of the hash.
-OUTCOMES = frozenset(("n_real", "n_gen", "valid", "warnings"))
+# What was measured and what came out, rather than how: no part of the hash.
+OUTCOMES = frozenset(("n_real", "n_gen", "checkpoint", "valid", "warnings"))
 
 Protocol = Mapping[str, object]
 
@@ -161,17 +161,21 @@ def table(records: Sequence[Record]) -> str:
         for record in ok
     ]  # fmt: skip
     lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)] if ok else []
-    notes = _grouped([(record.status, record.metric) for record in records if not record.ok])
-    notes += _grouped([(warning, record.metric) for record in ok for warning in record.warnings], num_all=len(ok))
+    notes = [f"- {names}: {sentence}" for names, sentence in notes_of(records)]
     return "\n".join([*lines, "", *notes] if notes else lines) + "\n"
 
 
-def _grouped(told: Sequence[tuple[str, str]], *, num_all: int = 0) -> list[str]:
-    """A line for each sentence, with all metrics that it is told of."""
+def notes_of(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Why some were skipped, and the warnings: each sentence once, with the names of all metrics that it is told of."""
+    ok = [record for record in records if record.ok]
+    told = _grouped([(record.status, record.metric) for record in records if not record.ok])
+    return told + _grouped([(text, record.metric) for record in ok for text in record.warnings], num_all=len(ok))
+
+
+def _grouped(told: Sequence[tuple[str, str]], *, num_all: int = 0) -> list[tuple[str, str]]:
     groups: dict[str, list[str]] = {}
     for sentence, metric in told:
         groups.setdefault(sentence, []).append(metric)
     return [
-        f"- {'all' if 1 < num_all == len(metrics) else ', '.join(metrics)}: {sentence}"
-        for sentence, metrics in groups.items()
+        ("all" if 1 < num_all == len(metrics) else ", ".join(metrics), sentence) for sentence, metrics in groups.items()
     ]

@@ -40,6 +40,22 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return low if successes > 0 else 0.0, high if successes < n else 1.0  # exactly, whatever the root is rounded to
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval (low, high) of a median, from one of the values (N,) to another, whatever their distribution.
+
+    How many values lie below the median is binomial (Conover 1999, section 3.2), if they are independent. Of fewer
+    than 6 values it reaches from the least to the greatest, and is too narrow. Raises UserError for no values or NaN.
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    if not n or any(math.isnan(value) for value in ordered):
+        raise UserError(f"there is no median of {n} values, some of them NaN; leave those clips out")
+    rank, ways, so_far = 0, 1, 0  # of 2^n ways those by which `rank` values, or fewer, lie below
+    while 40 * (so_far + ways) <= 2**n:
+        so_far, rank, ways = so_far + ways, rank + 1, ways * (n - rank) // (rank + 1)
+    return ordered[max(rank, 1) - 1], ordered[n - max(rank, 1)]
+
+
 def bootstrap_mean(
     values: Tensor | Sequence[float], groups: Tensor | Sequence[Hashable], *, seed: int, draws: int = 2000
 ) -> tuple[float, float]:
