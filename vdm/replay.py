@@ -34,7 +34,9 @@ class Replayed:
         self.graph.replay()
         return self.result.clone()  # which the next replay writes over
 
+    @torch.no_grad()
     def _record(self, tensors: tuple[Tensor, ...]) -> None:
+        self.signature = None  # should this fail, what is half recorded is not replayed
         self.places = [tensor.clone() for tensor in tensors]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
