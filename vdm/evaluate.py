@@ -66,7 +66,7 @@ def evaluate(request: Request) -> list[Record]:
         _require_clips(ours, theirs, shape)
         if not dist.is_main():
             return []
-        base = _protocol(listed, request.split)
+        base = _protocol(listed, theirs.clips, request.split)
         notes = [*notes, *(problem for side in (ours, theirs) for _, problem in side.problems)]
         found = [
             judging.with_notes(_judged(metric, opened, missing, ours, theirs, base=base), notes) for metric in metrics
@@ -132,12 +132,12 @@ def _judged(
     return judging.judged(metric, opened[metric.extractor], ours, theirs, base=base)
 
 
-def _protocol(listed: Listed, split: str) -> dict[str, object]:
-    """What all records have in common."""
+def _protocol(listed: Listed, reference: Sequence[Clip], split: str) -> dict[str, object]:
+    """What all records have in common; `reference` is what could be read of it."""
     shape, checkpoints = listed.shape, {clip.checkpoint for clip in listed.generated}
     return {
         "T": shape.num_frames,
-        "fps": shape.fps,
+        "fps": float(shape.fps),  # a hash tells 8 from 8.0
         "stride": 1,
         "height": shape.height,
         "width": shape.width,
@@ -146,7 +146,8 @@ def _protocol(listed: Listed, split: str) -> dict[str, object]:
         "split": f"{split}, the {clips.MOST_REFERENCE} clips with the smallest hashes at most",
         "alterations": f"frozen, shuffled, noise of {NOISE:g} grey levels",
         "seed": SEED,
-        "ids_sha256": digest([clip.id for clip in listed.reference]),
+        # Ids alone do not tell one reference from another: those of many data sets are numbers from 0 on.
+        "ids_sha256": digest([[one.id, one.sha256, one.prompt, one.template, one.placeholders] for one in reference]),
         "code_version": __version__,
         "checkpoint": (checkpoints.pop() or None) if len(checkpoints) == 1 else None,
     }

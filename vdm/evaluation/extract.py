@@ -101,7 +101,7 @@ def extract(task: Task, shape: Shape, extractors: Mapping[str, Opened], *, cache
 
 def _keys(clip: Clip, task: Task, shape: Shape) -> dict[str, str]:
     """What the rows of a clip are kept under, by look."""
-    read = task.read.__name__, shape.num_frames, shape.fps, shape.height, shape.width
+    read = task.read.__name__, shape.num_frames, float(shape.fps), shape.height, shape.width
     # An alteration is drawn for the clip's id; without one that does not matter.
     drawn = {look: [look, clip.id, NOISE, SEED] if look else [] for look in task.looks}
     return {look: digest([clip.sha256, read, clip.prompt, drawn[look]]) for look in task.looks}
