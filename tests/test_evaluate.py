@@ -139,6 +139,22 @@ def test_a_hash_is_of_the_reference_that_was_measured_by(tmp_path: Path, referen
     assert again.protocol_hash in hashes, "8 and 8.0 frames a second are the same"
 
 
+def test_a_run_that_was_cut_short_leaves_no_records_of_another(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = generated(tmp_path / "samples", 2), tmp_path / "out"
+    request = Request(folder, reference, out, ("frame_ssim",))
+    (record,) = evaluate(request)
+    assert record.protocol["per_clip_sha256"] == hashlib.sha256((out / "per_clip.jsonl").read_bytes()).hexdigest()
+    monkeypatch.setattr("vdm.evaluate.write_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(request)
+    assert (out / "per_clip.jsonl").exists() and not (out / "metrics.json").exists()
+    (out / "metrics.json").mkdir()
+    with pytest.raises(UserError, match="cannot remove .*metrics.json: .*; choose another --output_dir"):
+        evaluate(request)
+
+
 def test_nothing_is_written_where_nothing_can_be_measured(tmp_path: Path, reference: Path) -> None:
     folder = generated(tmp_path / "samples", 2)
     for request, sentence in (
