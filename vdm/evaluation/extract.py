@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vdm import dist
 from vdm.data.transforms import Frames
 from vdm.evaluation.altered import NOISE, SEED, Alteration, as_it_is
-from vdm.evaluation.cache import Row, load_rows, save_rows, source_sha256
+from vdm.evaluation.cache import Row, load_rows, machinery, save_rows, source_sha256
 from vdm.evaluation.clips import BadClip, Clip, Shape
 from vdm.evaluation.records import digest
 
@@ -79,7 +79,7 @@ class Extracted:
 def extract(task: Task, shape: Shape, extractors: Mapping[str, Opened], *, cache: Path) -> Extracted:
     """Rows of every clip of a task. All processes must call it with the same arguments, and get the same."""
     folders = {
-        name: cache / f"{name}-{digest([one.protocol, one.sha256, source_sha256()])[:16]}"
+        name: cache / f"{name}-{digest([one.protocol, one.sha256, source_sha256(), machinery()])[:16]}"
         for name, one in extractors.items()
     }
     known = {name: load_rows(folder) for name, folder in folders.items()}
