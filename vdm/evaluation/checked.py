@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -10,8 +9,8 @@ from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_origin
 
 T = TypeVar("T")
-# What reading, checking and hashing raise of bad content; OverflowError is of integers beyond all floats.
-WRONG = (ValueError, TypeError, OverflowError, RecursionError)
+WRONG = (ValueError, TypeError, RecursionError)  # what reading, checking and hashing raise of bad content
+LARGEST = 1e100  # no metric comes near, and squares of what is larger are no floats
 
 
 def built(kind: type[T], entry: object) -> T:
@@ -33,7 +32,7 @@ def _as(hint: Any, value: object, name: str) -> Any:
         return tuple(_as(one, item, name) for one, item in zip(options, value, strict=True))
     if origin is Mapping and isinstance(value, dict):
         return {key: _as(options[1], one, f"{name} {key}") for key, one in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     if hint is object or (hint in (str, int, bool) and type(value) is hint):
         return value
