@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -118,6 +119,40 @@ def test_a_mean_of_two_halves_bounds_the_floor(tmp_path: Path, reference: Path) 
     assert record.floor is not None and 0.0 <= record.floor <= max(values) - min(values)
     assert record.ceilings["reference"] == pytest.approx(np.mean(values), abs=1e-15)
     assert record.ceilings["frozen"] == 0.0 < record.ceilings["shuffled"]
+
+
+def test_a_hash_is_of_the_reference_that_was_measured_by(tmp_path: Path, reference: Path) -> None:
+    """Two references have the same ids, and one loses a clip while it is decoded."""
+    folder, other, cut = generated(tmp_path / "samples", 2), tmp_path / "other", tmp_path / "cut"
+    write_ssv2(other, num_clips=5, size=64, num_frames=20, fps=12.0, seed=9)
+    shutil.copytree(reference, cut)
+    first = sorted((cut / "20bn-something-something-v2").glob("*.mp4"))[0]
+    first.write_bytes(first.read_bytes()[:900])
+    hashes = {
+        evaluate(Request(folder, root, tmp_path / "out", ("frame_ssim",)))[0].protocol_hash
+        for root in (reference, other, cut)
+    }
+    assert len(hashes) == 3
+    lines = (folder / "samples.jsonl").read_text()
+    (folder / "samples.jsonl").write_text(lines.replace('"fps": 8.0', '"fps": 8'))
+    again = evaluate(Request(folder, reference, tmp_path / "out", ("frame_ssim",)))[0]
+    assert again.protocol_hash in hashes, "8 and 8.0 frames a second are the same"
+
+
+def test_a_run_that_was_cut_short_leaves_no_records_of_another(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = generated(tmp_path / "samples", 2), tmp_path / "out"
+    request = Request(folder, reference, out, ("frame_ssim",))
+    (record,) = evaluate(request)
+    assert record.protocol["per_clip_sha256"] == hashlib.sha256((out / "per_clip.jsonl").read_bytes()).hexdigest()
+    monkeypatch.setattr("vdm.evaluate.write_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(request)
+    assert (out / "per_clip.jsonl").exists() and not (out / "metrics.json").exists()
+    (out / "metrics.json").mkdir()
+    with pytest.raises(UserError, match="cannot remove .*metrics.json: .*; choose another --output_dir"):
+        evaluate(request)
 
 
 def test_nothing_is_written_where_nothing_can_be_measured(tmp_path: Path, reference: Path) -> None:

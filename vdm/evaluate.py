@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdm import __version__, dist
-from vdm.errors import UserError
+from vdm.errors import CannotWrite, UserError
 from vdm.evaluation import clips, judging, verdicts
 from vdm.evaluation.altered import ALTERATIONS, NOISE, SEED, as_it_is
 from vdm.evaluation.catalogue import Metric, chosen
@@ -18,8 +18,9 @@ from vdm.evaluation.judging import Judged
 from vdm.evaluation.options import USUAL, Options
 from vdm.evaluation.page import Confusion, Content, write_page
 from vdm.evaluation.per_clip import Line, lines_of, write_per_clip
-from vdm.evaluation.records import Record, digest, table, write_records
-from vdm.files import replacing
+from vdm.evaluation.records import FILE as RECORDS
+from vdm.evaluation.records import Record, digest, table, with_lines, write_records
+from vdm.files import in_words, replacing
 
 TABLE = "metrics.md"
 REMEDY = "choose another --output_dir"
@@ -66,13 +67,12 @@ def evaluate(request: Request) -> list[Record]:
         _require_clips(ours, theirs, shape)
         if not dist.is_main():
             return []
-        base = _protocol(listed, request.split)
+        base = _protocol(listed, theirs.clips, request.split)
         notes = [*notes, *(problem for side in (ours, theirs) for _, problem in side.problems)]
         found = [
             judging.with_notes(_judged(metric, opened, missing, ours, theirs, base=base), notes) for metric in metrics
         ]
-        _write(request.output_dir, metrics, found, ours, theirs, shape)
-        return [one.record for one in found]
+        return _write(request.output_dir, metrics, found, ours, theirs, shape)
 
 
 def _require_writable(folder: Path) -> None:
@@ -132,12 +132,12 @@ def _judged(
     return judging.judged(metric, opened[metric.extractor], ours, theirs, base=base)
 
 
-def _protocol(listed: Listed, split: str) -> dict[str, object]:
-    """What all records have in common."""
+def _protocol(listed: Listed, reference: Sequence[Clip], split: str) -> dict[str, object]:
+    """What all records have in common; `reference` is what could be read of it."""
     shape, checkpoints = listed.shape, {clip.checkpoint for clip in listed.generated}
     return {
         "T": shape.num_frames,
-        "fps": shape.fps,
+        "fps": float(shape.fps),  # a hash tells 8 from 8.0
         "stride": 1,
         "height": shape.height,
         "width": shape.width,
@@ -146,7 +146,8 @@ def _protocol(listed: Listed, split: str) -> dict[str, object]:
         "split": f"{split}, the {clips.MOST_REFERENCE} clips with the smallest hashes at most",
         "alterations": f"frozen, shuffled, noise of {NOISE:g} grey levels",
         "seed": SEED,
-        "ids_sha256": digest([clip.id for clip in listed.reference]),
+        # Ids alone do not tell one reference from another: those of many data sets are numbers from 0 on.
+        "ids_sha256": digest([[one.id, one.sha256, one.prompt, one.template, one.placeholders] for one in reference]),
         "code_version": __version__,
         "checkpoint": (checkpoints.pop() or None) if len(checkpoints) == 1 else None,
     }
@@ -159,17 +160,26 @@ def _write(
     ours: Extracted,
     theirs: Extracted,
     shape: Shape,
-) -> None:
-    records = [one.record for one in found]
+) -> list[Record]:
+    """Whoever reads metrics.json finds the other files with it: an old one goes first, the new one comes last."""
     lines: list[Line] = [
         *lines_of("generated", {one.record.metric: one.generated for one in found}, ours, theirs),
         *lines_of("reference", {one.record.metric: one.reference for one in found}, theirs, theirs),
     ]
-    write_per_clip(folder, lines)
+    _remove(folder / RECORDS)
+    records = with_lines([one.record for one in found], write_per_clip(folder, lines))
     with replacing(folder / TABLE, remedy=REMEDY) as file:
         file.write_text(table(records), encoding="utf-8")
     write_page(folder, Content(records, metrics, lines, ours.clips, theirs.clips, shape, _confusion(ours)))
     write_records(folder, records)
+    return records
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"cannot remove {path}: {in_words(error)}; {REMEDY}") from error
 
 
 def _confusion(ours: Extracted) -> Confusion | None:

@@ -15,12 +15,14 @@ from vdm.errors import UserError
 from vdm.evaluation.catalogue import chosen
 from vdm.evaluation.compare import compare
 from vdm.evaluation.page import ranked
-from vdm.evaluation.per_clip import Line, write_per_clip
+from vdm.evaluation.per_clip import Line, read_per_clip, write_per_clip
 from vdm.evaluation.records import (
     Record,
     make_record,
+    with_lines,
     write_records,
 )
+from vdm.metrics.intervals import paired_difference
 
 
 def a_run(folder: Path, values: Sequence[float], *, seeds: Sequence[int] | None = None, fps: float = 8.0) -> Path:
@@ -29,10 +31,11 @@ def a_run(folder: Path, values: Sequence[float], *, seeds: Sequence[int] | None 
         for i, value in enumerate(values)
     ]
     folder.mkdir()
-    write_per_clip(folder, [*lines, Line("reference", "r", "prompt 0", None, values={"ssim": 100.0})])
+    sha256 = write_per_clip(folder, [*lines, Line("reference", "r", "prompt 0", None, values={"ssim": 100.0})])
     mean = float(np.mean(values))
     records = [a_record(mean, "ssim", fps=fps), a_record(mean, "fvd", fps=fps)]
-    write_records(folder, [*records, make_record(Record("is", None, status="skipped: needs x"), {})])
+    records.append(make_record(Record("is", None, status="skipped: needs x"), {}))
+    write_records(folder, with_lines(records, sha256))
     return folder
 
 
@@ -62,13 +65,30 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
             compare(folders, tmp_path)
     c = a_run(tmp_path / "c", [1.0, 2.0], seeds=[7, 8])
     assert "prompts and seeds" in compare([a, c], tmp_path)[0].note
-    write_records(c, [make_record(Record("is", None, status="skipped: needs x"), {})])
+    skipped = make_record(Record("is", None, status="skipped: needs x"), {})
+    write_records(c, with_lines([skipped], read_per_clip(c)[1]))
     with pytest.raises(UserError, match="no metric in common"):
         compare([a, c], tmp_path)
     (c / "per_clip.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="per_clip.jsonl cannot be read"):
         compare([a, c], tmp_path)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_files_of_two_evaluations_are_refused(tmp_path: Path) -> None:
+    a, b = a_run(tmp_path / "a", [1.0, 2.0]), a_run(tmp_path / "b", [1.0, 2.5])
+    for text in ((a / "per_clip.jsonl").read_text(), ""):
+        (b / "per_clip.jsonl").write_text(text)
+        with pytest.raises(UserError, match="metrics.json and per_clip.jsonl in .*b are not of one evaluation"):
+            compare([a, b], tmp_path)
+
+
+def test_the_interval_is_that_of_pairs_by_as_many_draws_as_a_single_run_has(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).normal(size=(2, 40)).tolist()
+    runs = [a_run(tmp_path / f"{i}", one) for i, one in enumerate(values)]
+    pairs = [{(f"prompt {i % 10}", i): value for i, value in enumerate(one)} for one in values]
+    wanted = paired_difference(pairs[1], pairs[0], seed=0, draws=2000)
+    assert compare(runs, tmp_path / "out")[0].ci95 == (wanted.low, wanted.high)
 
 
 def test_clips_are_ranked_by_what_has_a_better_and_a_worse() -> None:

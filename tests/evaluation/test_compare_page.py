@@ -14,7 +14,7 @@ from folders import a_record
 from vdm.evaluation.compare import compare
 from vdm.evaluation.compare_page import Run, places
 from vdm.evaluation.per_clip import Line, write_per_clip
-from vdm.evaluation.records import Record, make_record, protocol_hash, write_records
+from vdm.evaluation.records import Record, make_record, protocol_hash, with_lines, write_records
 
 
 class Page(HTMLParser):
@@ -41,10 +41,12 @@ class Page(HTMLParser):
 def a_run(folder: Path, value: float, checkpoint: str) -> Path:
     folder.mkdir()
     values = [value - 0.25, value + 0.25, value]
-    write_per_clip(folder, [Line("generated", f"{i}", f"p{i}", i, values={"ssim": v}) for i, v in enumerate(values)])
+    lines = [Line("generated", f"{i}", f"p{i}", i, values={"ssim": v}) for i, v in enumerate(values)]
+    sha256 = write_per_clip(folder, lines)
     ssim = Record("ssim", value, (value - 0.5, value + 0.125), 3, 9, valid=True)
     bare = Record("is", value, None, 3, 9, valid=True)
-    write_records(folder, [make_record(one, {"T": 16, "checkpoint": checkpoint}) for one in (ssim, bare)])
+    records = [make_record(one, {"T": 16, "checkpoint": checkpoint}) for one in (ssim, bare)]
+    write_records(folder, with_lines(records, sha256))
     return folder
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import SHAPE, frames, samples
+import torch
+from folders import SHAPE, frames, samples, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from vdm.data.video import write_video
 from vdm.evaluation import altered, extract
+from vdm.evaluation.cache import load_rows, machinery, save_rows
 from vdm.evaluation.clips import (
     generated_clips,
     read_generated,
@@ -70,6 +74,61 @@ def test_rows_do_not_depend_on_the_batch_and_are_not_made_twice(
         file.write_bytes(b"damaged")
     assert np.array_equal(extracted(folder, tmp_path / "cache-1", counting).side("a").rows, changed.side("a").rows)
     assert counting.asked == 10
+
+
+def test_rows_are_kept_for_what_they_depend_on_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache, counting = tmp_path / "samples", tmp_path / "cache", Counting()
+    lines = samples(folder, 3)
+    extracted(folder, cache, counting)
+    for name, other, count in (
+        ("NOISE", 7.0, 3), ("SEED", 8, 3), ("source_sha256", lambda: "other code", 6),
+        ("machinery", lambda: {"torch": "0.1"}, 6),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(extract, name, other)
+            counting.asked = 0
+            extracted(folder, cache, counting)
+            assert counting.asked == count, f"{name}: looks that are drawn by it, or all"
+    counting.asked = 0
+    extracted(folder, cache, counting)
+    assert counting.asked == 0
+    (folder / "00001.mp4").replace(folder / "renamed.mp4")
+    write_lines(folder, [lines[0], {**lines[1], "file": "renamed.mp4"}, lines[2]])
+    extracted(folder, cache, counting)
+    assert counting.asked == 1, "alterations are drawn for a clip's name"
+
+
+def test_what_computes_is_named() -> None:
+    found = machinery()
+    assert (found["device"], found["torch"], found["numpy"]) == ("cpu", torch.__version__, np.__version__)
+    assert {"av", "cv2", "open_clip"} < set(found)
+
+
+KEYS, ROWS = np.arange(96, dtype=np.uint8).reshape(3, 32), np.ones((3, 2), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        (KEYS, ROWS[:2]), (KEYS[:, :31], ROWS), (KEYS, ROWS[:, 0]), (KEYS, ROWS[:, :1]), (KEYS, ROWS * np.nan),
+        (KEYS[0], ROWS), (KEYS, ROWS.astype(np.float64)),
+    ],
+)  # fmt: skip
+def test_a_file_of_rows_that_is_not_as_it_was_written_is_left_alone(
+    tmp_path: Path, keys: np.ndarray, rows: np.ndarray
+) -> None:
+    good = {key.tobytes().hex(): row for key, row in zip(KEYS, ROWS, strict=True)}
+    save_rows(tmp_path, good, name="rank-0")
+    found = load_rows(tmp_path)
+    assert found.keys() == good.keys() and all(np.array_equal(found[key], good[key]) for key in good)
+    with safe_open(tmp_path / "rank-0.safetensors", framework="np") as file:
+        told = file.metadata()
+    for metadata in (told, None):
+        content = {"keys": np.ascontiguousarray(keys), "rows": np.ascontiguousarray(rows)}
+        save_file(content, tmp_path / "rank-0.safetensors", metadata=metadata)
+        assert load_rows(tmp_path) == {}
+    save_file({"rows": ROWS}, tmp_path / "rank-0.safetensors", metadata=told)
+    assert load_rows(tmp_path) == {}
 
 
 @given(st.integers(1, 5), st.integers(2, 6), st.integers(0, 100))

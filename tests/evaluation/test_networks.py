@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vdm.data.mini_something import write_ssv2
 from vdm.errors import UserError
 from vdm.evaluation import networks
 from vdm.evaluation.clips import Shape
+from vdm.evaluation.records import digest
+from vdm.metrics.c3d import C3D, Judge
 from vdm.metrics.clip import CLIP_SCORE_PREFIX, Clip, clip_score, clipsim
 from vdm.metrics.clip_files import ClipNet
 from vdm.metrics.consistency import background_consistency
@@ -26,6 +30,11 @@ from vdm.metrics.toy import SHIPPED
 
 CPU = torch.device("cpu")
 SHAPE = Shape(9, 8.0, 40, 40)
+TINY = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
 PROMPTS = ["a red ball", "a blue cup"]
 
 
@@ -48,13 +57,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_of_clip_are_its_scores_and_two_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-    }
     torch.manual_seed(0)
-    clip = Clip(ClipNet(open_clip.CLIP(**config).eval(), "tiny", quick_gelu=False), "abc", "crop", CPU)
+    clip = Clip(ClipNet(open_clip.CLIP(**TINY).eval(), "tiny", quick_gelu=False), "abc", "crop", CPU)
     monkeypatch.setattr(networks, "load_clip", lambda path, fit, device: clip)
     opened = networks.open_clip(Path("x"), CPU, SHAPE)
     assert (opened.sha256, opened.protocol["layer"], opened.protocol["resize"]) == ("abc", "tiny", "crop")
@@ -69,6 +73,29 @@ def test_rows_of_clip_are_its_scores_and_two_unit_vectors(monkeypatch: pytest.Mo
     assert np.allclose(rows[:, 3:27], (means / means.norm(dim=1, keepdim=True)).numpy(), atol=1e-5)
     assert np.allclose(rows[:, 27:], texts.numpy(), atol=1e-5)
     assert np.array_equal(opened.rows(clips()[1:], PROMPTS[1:]), rows[1:]), "each clip by itself"
+
+
+def test_the_config_beside_a_clip_is_in_its_protocol(tmp_path: Path) -> None:
+    path, config = tmp_path / "open_clip_model.safetensors", tmp_path / "open_clip_config.json"
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**TINY).state_dict(), path)
+    protocols = []
+    for quick, mean in ((False, 0.5), (True, 0.5), (True, 0.25)):
+        pixels = {"mean": [mean] * 3, "std": [0.5] * 3}
+        config.write_text(json.dumps({"model_cfg": {**TINY, "quick_gelu": quick}, "preprocess_cfg": pixels}))
+        opened = networks.open_clip(path, CPU, SHAPE)
+        protocols.append(opened.protocol)
+        assert (opened.protocol["quick_gelu"], opened.protocol["mean"]) == (quick, [mean] * 3)
+        assert opened.protocol["std"] == [0.5] * 3 and opened.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert opened.protocol["config_sha256"] == hashlib.sha256(config.read_bytes()).hexdigest()
+    assert len({digest(protocol) for protocol in protocols}) == 3
+
+
+def test_the_mean_clip_beside_a_c3d_is_in_its_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "load_c3d", lambda path: Judge(C3D(width=2, hidden=8), "abc"))
+    (tmp_path / "mean2.npz").write_bytes(b"a mean clip")
+    opened = networks.open_c3d(tmp_path / "conv3d_deepnetA_ucf.npz", CPU, SHAPE)
+    assert opened.protocol["mean_sha256"] == hashlib.sha256(b"a mean clip").hexdigest()
 
 
 def test_rows_of_i3d_are_its_logits(weights: Path) -> None:

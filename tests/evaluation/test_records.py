@@ -49,6 +49,10 @@ def test_a_hash_changes_with_all_but_the_outcomes(protocol: dict[str, object], d
     assert protocol_hash(dict(reversed(protocol.items()))) == protocol_hash(protocol)
 
 
+def test_outcomes_are_these_and_no_others() -> None:
+    assert {"n_real", "n_gen", "checkpoint", "valid", "warnings", "per_clip_sha256"} == OUTCOMES
+
+
 def test_a_record_says_in_its_protocol_what_it_says_outside() -> None:
     protocol = a_record().protocol
     assert set(PROTOCOL_KEYS) <= set(protocol)

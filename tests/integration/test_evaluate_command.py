@@ -135,6 +135,21 @@ def test_prompts_that_do_not_match_the_files_are_refused(command: Command, refer
     assert not (tmp_path / "out").exists()
 
 
+def test_metrics_that_are_named_and_cannot_be_had_are_bad_input(
+    command: Command, reference: Path, tmp_path: Path
+) -> None:
+    samples = as_samples(reference, tmp_path / "samples")
+    words = ("--generated", samples, "--reference", reference, "--output_dir", tmp_path / "out", "--metrics")
+    for none in ("", " , "):
+        result = command("vdm", "evaluate", *words, none)
+        assert result.code == 2 and "--metrics names no metric; leave it out to measure all" in result.error
+    result = command("vdm", "evaluate", *words, "fvd,,kvd, ", "--weights_dir", tmp_path)
+    assert result.code == 2 and "wrote metrics.json" in result.out
+    assert "nothing that --metrics names could be measured: fvd is skipped: needs i3d_torchscript.pt" in result.error
+    assert list(records(tmp_path / "out")) == ["fvd", "kvd"]
+    assert command("vdm", "evaluate", *words, ",fvd,,frame_ssim", "--weights_dir", tmp_path).code == 0
+
+
 def test_two_runs_are_compared(command: Command, itself: Path, reference: Path, tmp_path: Path) -> None:
     samples = as_samples(reference, tmp_path / "samples")
     for name in ("00003.mp4", "00005.mp4"):
@@ -145,6 +160,7 @@ def test_two_runs_are_compared(command: Command, itself: Path, reference: Path, 
     assert command("vdm", "evaluate", *words, "--metrics", "frame_ssim,action_accuracy").code == 0
     result = command("vdm", "evaluate", "--compare", itself, tmp_path / "out", "--output_dir", tmp_path / "compared")
     assert result.code == 0 and f"| frame_ssim | {tmp_path}/out |" in result.out and "6 pairs" in result.out
+    assert result.out.endswith(f"wrote compare.json and compare.html to {tmp_path / 'compared'}\n")
     found = {one["metric"]: one for one in json.loads((tmp_path / "compared" / "compare.json").read_text())}
     assert found["frame_ssim"]["difference"] == pytest.approx(0.0, abs=1e-12), "the same clips, under other prompts"
     assert found["action_accuracy"]["difference"] <= 0.0 and found["frame_ssim"]["num_pairs"] == 6

@@ -2,7 +2,7 @@
 
 A row is kept under the sha256 of all that it depends on: the bytes of the clip's file, how it was read and altered, its
 prompt. Each extractor has a folder named after its protocol, weights and code; each process writes a file of its own
-there and reads all.
+there and reads all. A file carries the sha256 of its content, and one that has another is as good as none.
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import av
+import cv2
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+import open_clip
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from vdm import dist
 from vdm.files import replacing
 
 Row = npt.NDArray[np.floating]
 
 
 def load_rows(folder: Path) -> dict[str, Row]:
-    """All rows of an extractor's folder, by key; none where there is none. A damaged file is as good as none."""
+    """All rows of an extractor's folder, by key; none where there is none."""
     found: dict[str, Row] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            content = load_file(file)
-            keys, rows = content["keys"], content["rows"]
-        except (SafetensorError, OSError, KeyError):
+            with safe_open(file, framework="np") as content:
+                keys, rows = content.get_tensor("keys"), content.get_tensor("rows")
+                told = (content.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError):
+            continue
+        if told != _sha256(keys, rows):
             continue
         found |= {key.tobytes().hex(): row for key, row in zip(keys, rows, strict=True)}
     return found
@@ -40,8 +48,22 @@ def save_rows(folder: Path, rows: Mapping[str, Row], *, name: str) -> None:
     if not rows:
         return
     keys = np.frombuffer(bytes.fromhex("".join(rows)), dtype=np.uint8).reshape(len(rows), 32)
+    stacked = np.stack(list(rows.values()))
     with replacing(folder / f"{name}.safetensors", remedy="choose another --output_dir") as file:
-        save_file({"keys": keys, "rows": np.stack(list(rows.values()))}, file)
+        save_file({"keys": keys, "rows": stacked}, file, metadata={"sha256": _sha256(keys, stacked)})
+
+
+def _sha256(keys: npt.NDArray[np.uint8], rows: Row) -> str:
+    shapes = f"{keys.dtype} {keys.shape} {rows.dtype} {rows.shape}"
+    return hashlib.sha256(shapes.encode() + keys.tobytes() + rows.tobytes()).hexdigest()
+
+
+def machinery() -> dict[str, str]:
+    """What decodes and computes besides vdm's own code: the last digits are its doing."""
+    device = dist.device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    libraries = (av, cv2, np, open_clip, torch)
+    return {"device": name, **{library.__name__: str(library.__version__) for library in libraries}}
 
 
 @lru_cache(maxsize=1)

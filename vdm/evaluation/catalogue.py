@@ -167,7 +167,10 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
 
 def chosen(names: Sequence[str] | None, options: Options = USUAL) -> list[Metric]:
-    """The metrics of some names, in the order of the table; all where None. Raises UserError for an unknown one."""
+    """The metrics of some names, in the order of the table; all where None. Raises UserError for an unknown one, or
+    where no name is given."""
+    if names is not None and not names:
+        raise UserError("--metrics names no metric; leave it out to measure all")
     for name in names or ():
         if name not in METRICS:
             close = nearest(name, METRICS)

@@ -68,10 +68,14 @@ def _measure(options: argparse.Namespace) -> None:
     from vdm.evaluation.options import CHOICES, Options
     from vdm.evaluation.records import table
 
-    names = None if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
+    named = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
+    names = None if named is None else tuple(name for name in named if name)
     fields = ("generated", "reference", "output_dir", "weights_dir", "split")
     protocol = Options(**{name: getattr(options, name) for name in CHOICES})
     records = evaluate(Request(**{name: getattr(options, name) for name in fields}, metrics=names, options=protocol))
     if records:  # only the main process has them
         print(table(records), end="")
         print(f"wrote metrics.json, metrics.md, per_clip.jsonl and report.html to {options.output_dir}")
+    if records and names and not any(record.ok for record in records):
+        told = "; ".join(f"{record.metric} is {record.status}" for record in records)
+        raise UserError(f"nothing that --metrics names could be measured: {told}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def compare(folders: Sequence[Path], output_dir: Path) -> list[Difference]:
     if len(folders) < 2 or len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("--compare needs two different folders or more, each the --output_dir of a vdm evaluate")
     records = [read_records(folder) for folder in folders]
-    lines = [read_per_clip(folder) for folder in folders]
+    lines = [_lines_of(folder, one) for folder, one in zip(folders, records, strict=True)]
     common = [name for name in records[0] if all(name in one and one[name].ok for one in records)]
     if not common:
         raise UserError(f"{folders[0]} and {folders[1]} have no metric in common that has a value; evaluate them alike")
@@ -75,6 +75,14 @@ def compare(folders: Sequence[Path], output_dir: Path) -> list[Difference]:
     with replacing(output_dir / FILE, remedy="choose another --output_dir") as file:
         file.write_text(json.dumps([asdict(one) for one in found], indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return found
+
+
+def _lines_of(folder: Path, records: Mapping[str, Record]) -> list[Line]:
+    """Raises UserError where they are not those that were written with the records."""
+    lines, sha256 = read_per_clip(folder)
+    if any(record.protocol.get("per_clip_sha256") != sha256 for record in records.values()):
+        raise UserError(f"metrics.json and per_clip.jsonl in {folder} are not of one evaluation; evaluate anew")
+    return lines
 
 
 def _values(lines: Sequence[Line], metric: str) -> Pairs:

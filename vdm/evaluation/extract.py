@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vdm import dist
 from vdm.data.transforms import Frames
 from vdm.evaluation.altered import NOISE, SEED, Alteration, as_it_is
-from vdm.evaluation.cache import Row, load_rows, save_rows, source_sha256
+from vdm.evaluation.cache import Row, load_rows, machinery, save_rows, source_sha256
 from vdm.evaluation.clips import BadClip, Clip, Shape
 from vdm.evaluation.records import digest
 
@@ -79,7 +79,7 @@ class Extracted:
 def extract(task: Task, shape: Shape, extractors: Mapping[str, Opened], *, cache: Path) -> Extracted:
     """Rows of every clip of a task. All processes must call it with the same arguments, and get the same."""
     folders = {
-        name: cache / f"{name}-{digest([one.protocol, one.sha256, source_sha256()])[:16]}"
+        name: cache / f"{name}-{digest([one.protocol, one.sha256, source_sha256(), machinery()])[:16]}"
         for name, one in extractors.items()
     }
     known = {name: load_rows(folder) for name, folder in folders.items()}
@@ -101,7 +101,7 @@ def extract(task: Task, shape: Shape, extractors: Mapping[str, Opened], *, cache
 
 def _keys(clip: Clip, task: Task, shape: Shape) -> dict[str, str]:
     """What the rows of a clip are kept under, by look."""
-    read = task.read.__name__, shape.num_frames, shape.fps, shape.height, shape.width
+    read = task.read.__name__, shape.num_frames, float(shape.fps), shape.height, shape.width
     # An alteration is drawn for the clip's id; without one that does not matter.
     drawn = {look: [look, clip.id, NOISE, SEED] if look else [] for look in task.looks}
     return {look: digest([clip.sha256, read, clip.prompt, drawn[look]]) for look in task.looks}

@@ -18,8 +18,9 @@ from vdm.errors import UserError
 from vdm.evaluation.clips import Shape
 from vdm.evaluation.extract import Opened, Rows
 from vdm.evaluation.options import USUAL, Options
-from vdm.metrics.c3d import c3d_logits, load_c3d
+from vdm.metrics.c3d import C3D, MEAN_FILE, c3d_logits, load_c3d
 from vdm.metrics.clip import CLIP_SCORE_PREFIX, Clip, clip_score, clipsim, load_clip
+from vdm.metrics.clip_files import config_beside
 from vdm.metrics.consistency import background_consistency, subject_consistency
 from vdm.metrics.fvd import i3d_features, repeats
 from vdm.metrics.i3d import load_i3d
@@ -74,7 +75,10 @@ def open_c3d(path: Path | None, device: torch.device, shape: Shape) -> Opened:
     net = load_c3d(path)
     net.net.to(device)
     rows = each(lambda clip, prompt: c3d_logits(clip, net)[0])
-    return Opened(rows, {"layer": "logits101", "resize": "squash", "dtype": "float32"}, net.sha256)
+    protocol = {"layer": "logits101", "resize": "squash", "dtype": "float32"}
+    if isinstance(net.net, C3D):  # the other layout has its mean clip within
+        protocol["mean_sha256"] = sha256(path.with_name(MEAN_FILE))
+    return Opened(rows, protocol, net.sha256)
 
 
 def open_clip(path: Path | None, device: torch.device, shape: Shape, options: Options = USUAL) -> Opened:
@@ -90,7 +94,10 @@ def open_clip(path: Path | None, device: torch.device, shape: Shape, options: Op
         return torch.cat([*(score.double() for score in scores), (middle / middle.norm())[0], texts[0].double()])
 
     protocol = {"layer": clip.model, "resize": clip.fit, "interp": "bicubic aa", "dtype": "float32"}
-    return Opened(each(row), protocol, clip.sha256, texts=Texts(clip))
+    config = config_beside(path)
+    pixels = {"mean": list(clip.net.mean), "std": list(clip.net.std), "quick_gelu": clip.net.quick_gelu}
+    beside = {"config_sha256": sha256(config) if config else None}
+    return Opened(each(row), {**protocol, **pixels, **beside}, clip.sha256, texts=Texts(clip))
 
 
 class Texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vdm.errors import UserError
+from vdm.evaluation.checked import WRONG, built
 from vdm.evaluation.extract import Extracted, Rows
 from vdm.evaluation.extractors import THUMBNAIL
 from vdm.evaluation.measures import Values
@@ -62,17 +64,20 @@ def nearest(rows: Rows, reference: Rows, *, itself: bool = False) -> tuple[np.nd
     return places, np.sqrt(((x - y[places]) ** 2).mean(1))
 
 
-def write_per_clip(folder: Path, lines: Sequence[Line]) -> None:
-    """Write `per_clip.jsonl`, one object a line."""
+def write_per_clip(folder: Path, lines: Sequence[Line]) -> str:
+    """Write `per_clip.jsonl`, one object a line; returns its sha256 in hex."""
+    content = "".join(json.dumps(asdict(line), allow_nan=False) + "\n" for line in lines).encode("ascii")
     with replacing(folder / FILE, remedy="choose another --output_dir") as file:
-        file.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
+        file.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def read_per_clip(folder: Path) -> list[Line]:
-    """Raises UserError where the folder has none that can be read."""
+def read_per_clip(folder: Path) -> tuple[list[Line], str]:
+    """The lines, and the sha256 of the file. Raises UserError where the folder has none that can be read."""
     path = folder / FILE
     try:
-        text = path.read_text(encoding="utf-8")
-        return [Line(**json.loads(line)) for line in text.split("\n") if line]
-    except (OSError, ValueError, TypeError) as error:
+        content = path.read_bytes()
+        lines = [built(Line, json.loads(line)) for line in content.decode("utf-8").split("\n") if line]
+    except (OSError, *WRONG) as error:
         raise UserError(f"{path} cannot be read ({error}); give the --output_dir of a vdm evaluate") from error
+    return lines, hashlib.sha256(content).hexdigest()

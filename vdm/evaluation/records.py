@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vdm.errors import UserError
+from vdm.evaluation.checked import WRONG, built
 from vdm.files import replacing
 
 FILE = "metrics.json"
@@ -22,9 +23,10 @@ OK = "ok"
 PROTOCOL_KEYS = (
     "n_real", "n_gen", "T", "fps", "stride", "height", "width", "resize", "interp", "codec", "layer", "weights_sha256",
     "bn_eps", "cov", "dtype", "seed", "ids_sha256", "code_version", "checkpoint", "valid", "warnings",
+    "per_clip_sha256",
 )  # fmt: skip
 # What was measured and what came out, rather than how: no part of the hash.
-OUTCOMES = frozenset(("n_real", "n_gen", "checkpoint", "valid", "warnings"))
+OUTCOMES = frozenset(("n_real", "n_gen", "checkpoint", "valid", "warnings", "per_clip_sha256"))
 
 Protocol = Mapping[str, object]
 
@@ -33,10 +35,11 @@ Protocol = Mapping[str, object]
 class Record:
     """One metric of one set of clips.
 
-    `ci95` is the interval that holds the true value 19 times in 20, None where there is none. `floor` is what half of
-    the reference makes of its other half: less cannot be told from nothing. `ceilings` are the values of the reference
-    itself (where a metric needs no other side) and of the reference made worse. `status` is "ok", or begins with
-    "skipped" and says what is missing; then there is no value.
+    `ci95` is the 95 % interval of the value at this number of clips, None where there is none: what a distance gains
+    by there being few is in the value and not in the interval. `floor` is what half of the reference makes of its other
+    half: less cannot be told from nothing. `ceilings` are the values of the reference itself (where a metric needs no
+    other side) and of the reference made worse. `status` is "ok", or begins with "skipped" and says what is missing;
+    then there is no value.
     """
 
     metric: str
@@ -77,6 +80,11 @@ def make_record(record: Record, protocol: Protocol) -> Record:
     return Record(**{**vars(record), "protocol": whole, "protocol_hash": protocol_hash(whole)})
 
 
+def with_lines(records: Sequence[Record], sha256: str) -> list[Record]:
+    """Records that say which per_clip.jsonl was written with them, for the two are written one after the other."""
+    return [make_record(record, {**record.protocol, "per_clip_sha256": sha256}) for record in records]
+
+
 def protocol_hash(protocol: Protocol) -> str:
     """The sha256, in hex, of a protocol in canonical JSON, without counts and what else came out (OUTCOMES)."""
     return digest({key: value for key, value in protocol.items() if key not in OUTCOMES})
@@ -112,27 +120,32 @@ def write_records(folder: Path, records: Sequence[Record]) -> None:
 def read_records(folder: Path) -> dict[str, Record]:
     """The records of a folder by metric. Raises UserError where it holds none, or their hashes are not theirs."""
     path = folder / FILE
+    records: dict[str, Record] = {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        records = {entry["metric"]: _record(entry) for entry in content}
+        for entry in list(json.loads(path.read_text(encoding="utf-8"))):
+            record = built(Record, entry)
+            _require_sound(record)
+            if record.metric in records:
+                raise ValueError(f"{record.metric} is there twice")
+            records[record.metric] = record
+        others = [name for name, one in records.items() if one.protocol_hash != protocol_hash(one.protocol)]
     except OSError as error:
         raise UserError(
             f"{folder} holds no {FILE} that can be read; give the --output_dir of a vdm evaluate"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except WRONG as error:
         raise UserError(f"{path} is not what vdm evaluate writes ({error}); evaluate anew") from error
-    for record in records.values():
-        if record.protocol_hash != protocol_hash(record.protocol):
-            raise UserError(f"the hash of {record.metric} in {path} is not that of its protocol; evaluate anew")
+    if others:
+        raise UserError(f"the hash of {others[0]} in {path} is not that of its protocol; evaluate anew")
     return records
 
 
-def _record(entry: Mapping[str, object]) -> Record:
-    interval, warnings = entry["ci95"], entry["warnings"]
-    if not isinstance(warnings, list) or not isinstance(entry["protocol"], dict):
-        raise TypeError("a record without warnings or protocol")
-    pair = (float(interval[0]), float(interval[1])) if isinstance(interval, list) else None
-    return Record(**{**entry, "ci95": pair, "warnings": tuple(warnings)})  # type: ignore[arg-type]
+def _require_sound(record: Record) -> None:
+    """Raises ValueError where a value is there and should not be, or the other way round, or its interval is none."""
+    if record.ok != (record.value is not None):
+        raise ValueError(f"{record.metric} has value {number(record.value)}, and status {record.status!r}")
+    if record.ci95 is not None and record.ci95[0] > record.ci95[1]:
+        raise ValueError(f"{record.metric} has an interval from {interval(record.ci95)}")
 
 
 # ---- for the eye

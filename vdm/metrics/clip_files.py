@@ -60,12 +60,17 @@ def open_clip_net(path: Path, *, model: str | None = None) -> ClipNet:
         return _open_archive(path, model)
     weights = open_weights(path).renamed(lambda name: name.removeprefix("module."))
     _require_clip(path, weights)
-    config_file = path.with_name("open_clip_config.json")
-    if path.name in _DESCRIBED and config_file.is_file():
+    if config_file := config_beside(path):
         return _described(path, weights, config_file, model)
     name = _choose(path, weights, model)
     bare = weights.renamed(lambda name: None if name in _OPENAI_ONLY else name)
     return _build(path, bare, open_clip.get_model_config(name), name)
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config that describes a weight file, where there is one: it changes what comes of the same weights."""
+    config = path.with_name("open_clip_config.json")
+    return config if path.name in _DESCRIBED and config.is_file() else None
 
 
 def _is_torchscript(path: Path) -> bool:
