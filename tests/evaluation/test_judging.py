@@ -9,11 +9,13 @@ import pytest
 import torch
 from folders import side
 
+from vdm.errors import Failure
 from vdm.evaluation.altered import ALTERATIONS
 from vdm.evaluation.catalogue import METRICS, Metric
 from vdm.evaluation.extract import Extracted, Opened, Side, halves
 from vdm.evaluation.judging import MOST_NAMED, judged, skipped, with_notes
 from vdm.evaluation.measures import Distance, Measure, column
+from vdm.metrics.frechet import frechet_distance
 
 OPENED = Opened(lambda frames, prompts: np.zeros((len(frames), 1)), {"layer": "x"}, "abc", "about the weights")
 
@@ -77,6 +79,20 @@ def test_what_applies_to_no_clip_is_skipped_and_what_applies_to_no_reference_sta
     assert (record.value, record.status, record.valid) == (None, "skipped: it applies to none of the clips", False)
     record = judged(metric(column(0)), OPENED, extracted(some), extracted(nothing), base={}).record
     assert record.ok and (record.floor, record.ceilings, record.n_reference) == (None, {}, 0)
+
+
+def test_what_goes_wrong_in_one_metric_skips_that_metric() -> None:
+    bad = numbers(4, 0)
+    bad.rows[0] = np.nan
+    fvd = metric(Distance(frechet_distance))
+    record = judged(fvd, OPENED, extracted(bad), extracted(numbers(4, 1)), base={}).record
+    assert record.value is None and "skipped: " in record.status and "NaN" in record.status
+
+    def fails(x: torch.Tensor, y: torch.Tensor) -> float:
+        raise Failure("the network gave no features")
+
+    record = judged(metric(Distance(fails)), OPENED, extracted(numbers(4, 0)), extracted(numbers(4, 1)), base={}).record
+    assert record.status == "skipped: the network gave no features"
 
 
 def test_notes_come_first_and_change_no_hash() -> None:

@@ -83,6 +83,9 @@ def test_the_spread_of_ten_shares_stands_beside_their_mean() -> None:
     assert beside.value == mean and beside.interval() is not None
     with pytest.raises(Unmeasurable, match="at least 20 clips"):
         METRICS["is_10_splits_std"].measure(rows.part(range(19)), rows)
+    with pytest.raises(Unmeasurable, match="at least 12 clips"):
+        METRICS["is_10_splits"].measure(rows.part(range(11)), rows)
+    assert all(METRICS["is_10_splits"].measure(rows.part(range(n)), rows).interval() for n in range(12, 40))
 
 
 def test_the_ratio_to_real_clips_is_godivas() -> None:

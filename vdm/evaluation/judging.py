@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vdm.errors import Failure, UserError
 from vdm.evaluation.altered import ALTERATIONS
 from vdm.evaluation.catalogue import Metric
 from vdm.evaluation.extract import Extracted, Opened, Side, halves
@@ -13,6 +14,7 @@ from vdm.evaluation.records import Record, make_record
 
 MOST_NAMED = 20  # clips that were left out; per_clip.jsonl has all
 FEW_PROMPTS = 20  # below which a bootstrap is too narrow
+PROBLEMS = (Unmeasurable, UserError, Failure)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def judged(
     try:
         found = metric.measure(generated, reference)
         interval = found.interval()
-    except Unmeasurable as problem:
+    except PROBLEMS as problem:  # of one metric, which the others do not share
         return skipped(metric, str(problem), protocol, weights=extractor.sha256)
     beside = _try(metric.measure, reference, reference) if metric.measure.one_sided else None
     altered = dict(zip(ALTERATIONS, others, strict=True))
@@ -77,7 +79,7 @@ def with_notes(judged: Judged, notes: Sequence[str]) -> Judged:
 def _try(measure: Measure, generated: Side, reference: Side) -> Found | None:
     try:
         return measure(generated, reference)
-    except Unmeasurable:
+    except PROBLEMS:
         return None
 
 
