@@ -167,7 +167,7 @@ def _write(
     ]
     write_per_clip(folder, lines)
     with replacing(folder / TABLE, remedy=REMEDY) as file:
-        file.write_text(table(records), encoding="utf-8")
+        file.write_text(table(records), encoding="utf-8", errors="backslashreplace")
     write_page(folder, Content(records, metrics, lines, ours.clips, theirs.clips, shape, _confusion(ours)))
     write_records(folder, records)
 

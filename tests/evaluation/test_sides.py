@@ -67,6 +67,24 @@ def bad_folder(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("fps", float("inf"), "line 1 of .* has inf fps, and at most 1000 can be read"),
+        ("fps", float("nan"), "line 1 of .* has fps nan, which no clip has"),
+        ("fps", 10**400, "line 1 of .* fps, and at most 1000 can be read"),
+        ("num_frames", 10**15, "line 1 of .* pixels in all its frames, and at most 1073741824"),
+        ("height", 10**9, "line 1 of .* pixels in all its frames, and at most 1073741824"),
+    ],
+    ids=["infinite", "nan", "vast", "long", "high"],
+)
+def test_numbers_that_no_clip_has_are_refused(tmp_path: Path, key: str, value: float, sentence: str) -> None:
+    lines = samples(tmp_path / "samples", 1)
+    write_lines(tmp_path / "samples", [{**lines[0], key: value}])
+    with pytest.raises(UserError, match=sentence):
+        generated_clips(tmp_path / "samples")
+
+
+@pytest.mark.parametrize(
     ("kind", "sentence"),
     [
         ("no list", "has no samples.jsonl that can be read .* give --generated a folder that sample.py wrote"),

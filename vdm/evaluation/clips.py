@@ -20,6 +20,8 @@ from vdm.files import in_words, is_file, names_in
 MOST_REFERENCE = 2048  # clips; what FVD is mostly reported with
 SLOWEST = 0.9  # of the frame rate of those generated that a reference clip may have
 SAMPLES = "samples.jsonl"
+FASTEST = 1000  # frames a second
+MOST_PIXELS = 2**30  # of all frames of a clip: 500 of 1920x1080
 FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "file": str, "prompt": str, "seed": int, "num_frames": int, "height": int, "width": int, "fps": (int, float),
 }  # fmt: skip
@@ -136,6 +138,13 @@ def _parsed(line: str, where: str) -> Mapping[str, object]:
             raise UserError(f"{where} has no {key} as sample.py writes it; each line needs {', '.join(FIELDS)}")
         if not (value.strip() if isinstance(value, str) else key == "seed" or value > 0):  # type: ignore[operator]
             raise UserError(f"{where} has {key} {value!r}, which no clip has; mend or remove it")
+    # Before anything is reckoned with them: JSON has numbers of any size, and Python infinity and NaN besides.
+    for what, number, most in (
+        ("fps", entry["fps"], FASTEST),
+        ("pixels in all its frames", entry["num_frames"] * entry["height"] * entry["width"], MOST_PIXELS),
+    ):
+        if number > most:
+            raise UserError(f"{where} has {number} {what}, and at most {most} can be read; mend or remove it")
     return entry
 
 
