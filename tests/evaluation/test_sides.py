@@ -56,6 +56,10 @@ def bad_folder(folder: Path, kind: str) -> None:
         write_lines(folder, [*lines, lines[1]])
     elif kind == "gone":
         (folder / "00001.mp4").unlink()
+    elif kind in ("elsewhere", "absolute"):
+        (folder.parent / "a.mp4").write_bytes((folder / "00001.mp4").read_bytes())
+        name = "../a.mp4" if kind == "elsewhere" else str(folder.parent / "a.mp4")
+        write_lines(folder, [*lines, {**lines[1], "file": name, "seed": 9}])
     elif kind == "stray":
         write_lines(folder, lines[:2])
     elif kind == "shapes":
@@ -95,7 +99,12 @@ def test_numbers_that_no_clip_has_are_refused(tmp_path: Path, key: str, value: f
         ("blank prompt", "has prompt ' ', which no clip has"),
         ("twice", "line 4 of .* names 00001.mp4 a second time"),
         ("gone", "line 2 of .* names 00001.mp4, which is not in"),
-        ("stray", "holds 00002.mp4 without a prompt in samples.jsonl"),
+        ("elsewhere", "line 4 of .* names ../a.mp4, which is not a file's bare name"),
+        ("absolute", "line 4 of .* names /.*a.mp4, which is not a file's bare name"),
+        (
+            "stray",
+            "holds 00002.mp4 without a prompt in samples.jsonl, as where an earlier sample.py .* an empty folder",
+        ),
         ("shapes", "00002.mp4 in .* has 4 frames of 48x32 at 24 fps, but 00000.mp4 4 frames of 48x32 at 8 fps"),
         ("same bytes", "00000.mp4, 00002.mp4 in .* have the same bytes"),
         ("same prompt and seed", "00000.mp4, 00002.mp4 in .* have the same prompt and seed"),

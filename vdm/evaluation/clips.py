@@ -86,7 +86,8 @@ def generated_clips(folder: Path) -> tuple[list[Clip], Shape]:
     )
     if strays:
         raise UserError(
-            f"{folder} holds {_several(strays)} without a prompt in {SAMPLES}; add a line for each, or move them away"
+            f"{folder} holds {_several(strays)} without a prompt in {SAMPLES}, as where an earlier sample.py wrote "
+            "into the same folder; move them away, or sample into an empty folder"
         )
     clips = [
         Clip(
@@ -115,6 +116,10 @@ def _entries(folder: Path) -> dict[str, Mapping[str, object]]:
             continue
         entry = _parsed(line, f"line {number} of {path}")
         name = str(entry["file"])
+        if Path(name).name != name:
+            raise UserError(
+                f"line {number} of {path} names {name}, which is not a file's bare name; move it into {folder}"
+            )
         if name in entries:
             raise UserError(f"line {number} of {path} names {name} a second time; each clip counts once")
         if not is_file(folder / name):
