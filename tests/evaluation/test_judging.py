@@ -14,7 +14,7 @@ from vdm.evaluation.altered import ALTERATIONS
 from vdm.evaluation.catalogue import METRICS, Metric
 from vdm.evaluation.extract import Extracted, Opened, Side, halves
 from vdm.evaluation.judging import MOST_NAMED, judged, skipped, with_notes
-from vdm.evaluation.measures import Distance, Measure, column
+from vdm.evaluation.measures import Distance, Measure, PerClip, Score, column
 from vdm.metrics.frechet import frechet_distance
 
 OPENED = Opened(lambda frames, prompts: np.zeros((len(frames), 1)), {"layer": "x"}, "abc", "about the weights")
@@ -22,6 +22,10 @@ OPENED = Opened(lambda frames, prompts: np.zeros((len(frames), 1)), {"layer": "x
 
 def between(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(x.mean() - y.mean())
+
+
+def total(x: torch.Tensor) -> float:
+    return float(x.sum())
 
 
 def extracted(whole: Side) -> Extracted:
@@ -79,6 +83,21 @@ def test_what_applies_to_no_clip_is_skipped_and_what_applies_to_no_reference_sta
     assert (record.value, record.status, record.valid) == (None, "skipped: it applies to none of the clips", False)
     record = judged(metric(column(0)), OPENED, extracted(some), extracted(nothing), base={}).record
     assert record.ok and (record.floor, record.ceilings, record.n_reference) == (None, {}, 0)
+
+
+def test_a_clip_that_is_there_twice_is_told_of_and_makes_distances_of_sets_invalid() -> None:
+    generated, reference = numbers(6, 0), numbers(8, 1)
+    copied = replace(generated, clips=(*generated.clips[:4], *reference.clips[:2]))
+    collapsed = replace(generated, clips=(*generated.clips[:4], *[replace(generated.clips[0], id=i) for i in "xy"]))
+    for side_, sentence in (
+        (generated, ""),
+        (copied, "2 of 6 generated clips are files of the reference, byte for byte"),
+        (collapsed, "2 of 6 generated clips have the same bytes as another of them"),
+    ):
+        for measure in (Distance(between), Score(total), column(0)):
+            record = judged(metric(measure), OPENED, extracted(side_), extracted(reference), base={}).record
+            assert (sentence in record.warnings) == bool(sentence)
+            assert record.valid == (not sentence or isinstance(measure, PerClip)), (sentence, measure)
 
 
 def test_what_goes_wrong_in_one_metric_skips_that_metric() -> None:

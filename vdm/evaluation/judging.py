@@ -9,7 +9,7 @@ from vdm.errors import Failure, UserError
 from vdm.evaluation.altered import ALTERATIONS
 from vdm.evaluation.catalogue import Metric
 from vdm.evaluation.extract import Extracted, Opened, Side, halves
-from vdm.evaluation.measures import Distance, Found, Measure, PerClip, Unmeasurable, Values
+from vdm.evaluation.measures import Distance, Found, Measure, PerClip, Score, Unmeasurable, Values
 from vdm.evaluation.records import Record, make_record
 
 MOST_NAMED = 20  # clips that were left out; per_clip.jsonl has all
@@ -48,6 +48,7 @@ def judged(
         return skipped(metric, str(problem), protocol, weights=extractor.sha256)
     beside = _try(metric.measure, reference, reference) if metric.measure.one_sided else None
     altered = dict(zip(ALTERATIONS, others, strict=True))
+    doubled = _doubled(generated, reference)
     by_chance = {} if found.chance is None else {"chance": found.chance}
     record = Record(
         metric.name,
@@ -57,8 +58,8 @@ def judged(
         n_reference=len(reference.clips) if not metric.measure.one_sided else beside.count if beside else 0,
         floor=_floor(metric.measure, reference, most=len(generated.clips)),
         ceilings=by_chance | _ceilings(metric.measure, reference, altered, most=len(generated.clips)),
-        valid=found.valid,
-        warnings=tuple(_warnings(metric.measure, found, generated, reference, extractor.warning)),
+        valid=found.valid and not (doubled and isinstance(metric.measure, Distance | Score)),
+        warnings=(*doubled, *_warnings(metric.measure, found, generated, reference, extractor.warning)),
         weights_sha256=extractor.sha256,
     )
     return Judged(make_record(record, protocol), found.values, beside.values if beside else None)
@@ -102,6 +103,17 @@ def _ceilings(measure: Measure, reference: Side, altered: Mapping[str, Side], *,
         reference = halves(reference, most=most)[1]
     found = {name: _try(measure, side, reference) for name, side in looks.items()}
     return {name: one.value for name, one in found.items() if one is not None}
+
+
+def _doubled(generated: Side, reference: Side) -> list[str]:
+    """Which of the clips feign a larger set, or a better one: a distance of sets means nothing with these in it."""
+    ours, theirs = [clip.sha256 for clip in generated.clips], {clip.sha256 for clip in reference.clips}
+    told = []
+    if copies := sum(sha256 in theirs for sha256 in ours):
+        told.append(f"{copies} of {len(ours)} generated clips are files of the reference, byte for byte")
+    if twins := len(ours) - len(set(ours)):
+        told.append(f"{twins} of {len(ours)} generated clips have the same bytes as another of them")
+    return told
 
 
 def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, about_weights: str) -> list[str]:
