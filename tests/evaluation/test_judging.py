@@ -15,6 +15,7 @@ from vdm.evaluation.catalogue import METRICS, Metric
 from vdm.evaluation.extract import Extracted, Opened, Side, halves
 from vdm.evaluation.judging import MOST_NAMED, judged, skipped, with_notes
 from vdm.evaluation.measures import Distance, Measure, PerClip, Score, column
+from vdm.evaluation.records import Record
 from vdm.metrics.frechet import frechet_distance
 
 OPENED = Opened(lambda frames, prompts: np.zeros((len(frames), 1)), {"layer": "x"}, "abc", "about the weights")
@@ -42,16 +43,17 @@ def numbers(count: int, seed: int) -> Side:
     return side(np.random.default_rng(seed).normal(size=(count, 1)).tolist())
 
 
-def test_a_distance_has_its_floor_and_ceilings_from_two_halves_of_the_reference() -> None:
+def test_a_distance_has_its_floor_and_ceilings_from_two_parts_of_the_reference() -> None:
     generated, reference = numbers(4, 0), numbers(10, 1)
     measure = Distance(between, trusted=5)
     found = judged(metric(measure), OPENED, extracted(generated), extracted(reference), base={"T": 16})
     record = found.record
-    one, other = halves(reference, most=4)
-    assert len(one.clips) == 4 and record.floor == pytest.approx(one.rows.mean() - other.rows.mean())
+    one = halves(reference, most=4)[0]
+    rest = (reference.rows.sum() - one.rows.sum()) / 6
+    assert len(one.clips) == 4 and record.floor == pytest.approx(one.rows.mean() - rest), "4 against the other 6"
     assert record.value == pytest.approx(generated.rows.mean() - reference.rows.mean())
     wanted = {look: record.floor + 10.0 * (i + 1) for i, look in enumerate(ALTERATIONS)}
-    assert record.ceilings == pytest.approx(wanted), "of one half, altered, from the other as it is"
+    assert record.ceilings == pytest.approx(wanted), "of one part, altered, from the other as it is"
     assert (record.n_generated, record.n_reference, record.valid, record.off) == (4, 10, False, None)
     assert record.warnings[0] == "about the weights" and "not valid" in record.warnings[1]
     assert (record.weights_sha256, record.protocol["cov"], record.protocol["layer"]) == ("abc", "unbiased", "x")
@@ -59,7 +61,32 @@ def test_a_distance_has_its_floor_and_ceilings_from_two_halves_of_the_reference(
 
     record = judged(metric(measure), OPENED, extracted(numbers(6, 0)), extracted(reference), base={}).record
     assert record.valid and "6 generated and 10 reference clips" in record.warnings[1]
-    assert record.warnings[2] == "floor and ceilings are of 5 clips a side; of more they would be lower"
+    assert record.warnings[2].startswith("floor and ceilings are of 5 against 5 reference clips, fewer than the value")
+
+
+def test_floor_and_value_of_a_frechet_distance_are_of_one_scale() -> None:
+    def gaussian(count: int, seed: int, *, mean: float = 0.0) -> Side:
+        return side((np.random.default_rng(seed).normal(size=(count, 48)) + mean).tolist())
+
+    def record_of(generated: Side) -> Record:
+        fvd = metric(Distance(frechet_distance))
+        return judged(fvd, OPENED, extracted(generated), extracted(gaussian(800, 1)), base={}).record
+
+    alike, worse = record_of(gaussian(80, 0)), record_of(gaussian(80, 0, mean=0.25))
+    assert alike.floor == pytest.approx(alike.value, rel=0.1) and alike.floor == worse.floor
+    assert worse.value is not None and worse.floor is not None and worse.value > 1.2 * worse.floor
+    assert "floor and ceilings are of 80 against 720 reference clips" in alike.warnings
+
+
+def test_a_score_has_the_references_own_at_its_number_of_clips() -> None:
+    generated, reference = (side(np.random.default_rng(i).normal(size=(n, 5)).tolist()) for i, n in ((0, 30), (1, 90)))
+    score = metric(Score(lambda x: float(len(x))))
+    record = judged(score, OPENED, extracted(generated), extracted(reference), base={}).record
+    assert record.ceilings == {"reference": 30.0, "frozen": 30.0, "shuffled": 30.0, "noise": 30.0}
+    assert record.n_reference == 30 and "30 clips are few for 5 classes" in " ".join(record.warnings)
+    record = judged(score, OPENED, extracted(reference), extracted(generated), base={}).record
+    assert record.ceilings["reference"] == 30.0 and "few for" not in " ".join(record.warnings)
+    assert "the reference's own score is of 30 clips only, and so lower than of 90" in record.warnings
 
 
 def test_a_mean_has_those_of_the_whole_reference_beside_it() -> None:
