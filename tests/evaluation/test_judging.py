@@ -104,6 +104,21 @@ def test_a_mean_has_those_of_the_whole_reference_beside_it() -> None:
     assert found.reference is not None and found.reference.tolist() == reference.rows[:, 0].tolist()
 
 
+def test_a_warning_says_whether_there_is_an_interval() -> None:
+    rows = [[float(i % 3 > 0)] for i in range(12)]
+    for prompts, sentence in (
+        (["a"] * 12, "there is no interval, for clips of one prompt say nothing of others"),
+        (["a", "b"] * 6, "the interval is too narrow, being of 2 prompts only"),
+    ):
+        for share in (False, True):
+            given = extracted(side(rows, prompts))
+            record = judged(metric(column(0, share=share)), OPENED, given, extracted(numbers(4, 1)), base={}).record
+            assert record.warnings[-1] == sentence and (record.ci95 is None) == (prompts == ["a"] * 12)
+    alone = metric(column(0, share=True))
+    record = judged(alone, OPENED, extracted(side(rows)), extracted(numbers(4, 1)), base={}).record
+    assert record.warnings == ("about the weights",), "Wilson's is not too narrow"
+
+
 def test_what_applies_to_no_clip_is_skipped_and_what_applies_to_no_reference_stands_alone() -> None:
     nothing, some = side([[np.nan]] * 3), numbers(3, 0)
     record = judged(metric(column(0)), OPENED, extracted(nothing), extracted(some), base={}).record

@@ -40,6 +40,18 @@ def test_a_share_has_the_interval_of_wilson() -> None:
     assert column(0, share=True)(rows, rows).interval() == wilson(9, 10)
 
 
+def test_clips_of_one_prompt_do_not_make_a_share_surer() -> None:
+    share, prompts = column(0, share=True), [f"{i % 6}" for i in range(60)]
+    right = side([[float(i % 6 < 4)] for i in range(60)], prompts)
+    found = share(right, right).interval()
+    assert found is not None and found == column(0)(right, right).interval(), "the bootstrap over prompts"
+    naive = wilson(40, 60)
+    assert found[1] - found[0] > 1.5 * (naive[1] - naive[0])
+    all_right, half = side([[1.0]] * 60, prompts), side([[float(i < 30)] for i in range(60)], prompts)
+    assert share(all_right, right).interval() == wilson(6, 6) and share(half, right).interval() == wilson(3, 6)
+    assert share(side([[1.0]] * 5, ["a"] * 5), right).interval() is None
+
+
 def test_a_distance_is_that_of_the_features_whatever_their_order() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) + 1.0

@@ -51,7 +51,8 @@ def judged(
     if isinstance(metric.measure, Score):  # which grows with the number of clips
         looks = {name: _split(side, at=len(generated.clips))[0] for name, side in looks.items()}
     beside = _try(metric.measure, looks["reference"], reference) if metric.measure.one_sided else None
-    doubled = _doubled(generated, reference)
+    doubled, about = _doubled(generated, reference), [extractor.warning] if extractor.warning else []
+    about += _about_interval(metric.measure, found, interval, generated)
     by_chance = {} if found.chance is None else {"chance": found.chance}
     record = Record(
         metric.name,
@@ -62,7 +63,7 @@ def judged(
         floor=_floor(metric.measure, reference, most=len(generated.clips)),
         ceilings=by_chance | _ceilings(metric.measure, looks, most=len(generated.clips)),
         valid=found.valid and not (doubled and isinstance(metric.measure, Distance | Score)),
-        warnings=(*doubled, *_warnings(metric.measure, found, generated, reference, extractor.warning)),
+        warnings=tuple([*doubled, *about, *_warnings(metric.measure, found, generated, reference)]),
         weights_sha256=extractor.sha256,
     )
     return Judged(make_record(record, protocol), found.values, beside.values if beside else None)
@@ -132,8 +133,20 @@ def _doubled(generated: Side, reference: Side) -> list[str]:
     return told
 
 
-def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, about_weights: str) -> list[str]:
-    told = [about_weights] if about_weights else []
+def _about_interval(measure: Measure, found: Found, interval: tuple[float, float] | None, generated: Side) -> list[str]:
+    """That a bootstrap over prompts had few of them, or one."""
+    if not isinstance(measure, PerClip) or found.values is None:
+        return []
+    prompts = len({clip.prompt for clip, value in zip(generated.clips, found.values, strict=True) if value == value})
+    if interval is None:
+        return ["there is no interval, for clips of one prompt say nothing of others"]
+    if prompts >= FEW_PROMPTS or (measure.share and prompts == found.count):
+        return []
+    return [f"the interval is too narrow, being of {prompts} prompts only"]
+
+
+def _warnings(measure: Measure, found: Found, generated: Side, reference: Side) -> list[str]:
+    told = []
     shifts = isinstance(measure, Distance) and measure.shifts
     if not found.valid:
         told.append("there are fewer clips than features, so the value is not valid; look at the kernel distance")
@@ -146,9 +159,6 @@ def _warnings(measure: Measure, found: Found, generated: Side, reference: Side, 
         told.append(f"floor and ceilings are of {size} against {len(reference.clips) - size} reference clips{fewer}")
     if isinstance(measure, Score):
         told += _about_score(measure, generated, reference)
-    prompts = len({clip.prompt for clip in generated.clips})
-    if isinstance(measure, PerClip) and not measure.share and prompts < FEW_PROMPTS:
-        told.append(f"the interval is too narrow, being of {prompts} prompts only")
     return told
 
 
