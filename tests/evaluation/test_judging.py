@@ -104,6 +104,17 @@ def test_a_mean_has_those_of_the_whole_reference_beside_it() -> None:
     assert found.reference is not None and found.reference.tolist() == reference.rows[:, 0].tolist()
 
 
+def test_a_kernel_distance_of_few_clips_is_not_valid() -> None:
+    kvd = replace(METRICS["kvd"], extractor="a")
+    for ours, theirs, valid in ((16, 16, True), (15, 40, False), (40, 15, False), (2, 2, False)):
+        sides = [
+            side(np.random.default_rng(n).normal(size=(count, 32)).tolist()) for n, count in enumerate((ours, theirs))
+        ]
+        record = judged(kvd, OPENED, *map(extracted, sides), base={}).record
+        assert record.ok and record.valid == valid, (ours, theirs)
+        assert ("there are fewer than 16 clips on a side, so the value is not valid" in record.warnings) != valid
+
+
 def test_a_warning_says_whether_there_is_an_interval() -> None:
     rows = [[float(i % 3 > 0)] for i in range(12)]
     for prompts, sentence in (

@@ -11,7 +11,19 @@ from torch import Tensor
 from vdm.errors import UserError, nearest
 from vdm.evaluation.candidates import Kind, of_templates
 from vdm.evaluation.matching import OTHERS, r_precision, r_precision_rank
-from vdm.evaluation.measures import ALL, SEED, Columns, Distance, Measure, Median, PerClip, Score, Unmeasurable, column
+from vdm.evaluation.measures import (
+    ALL,
+    BLOCKS,
+    SEED,
+    Columns,
+    Distance,
+    Measure,
+    Median,
+    PerClip,
+    Score,
+    Unmeasurable,
+    column,
+)
 from vdm.evaluation.networks import CLIP_COLUMNS
 from vdm.evaluation.options import USUAL, Options
 from vdm.evaluation.pixels import FLOW_COLUMNS, FRAME_COLUMNS
@@ -90,6 +102,10 @@ def _frechet(num_features: int, columns: Columns = ALL) -> Distance:
     return Distance(frechet_distance, columns, trusted=num_features)
 
 
+def _kernel(columns: Columns = ALL) -> Distance:
+    return Distance(kernel_distance, columns, trusted=BLOCKS)  # as many as its interval has blocks
+
+
 def _retrieved(at: int) -> PerClip:
     return r_precision(len(CLIP_COLUMNS), at=at)
 
@@ -110,12 +126,12 @@ _ALL = (
         "fvd_inf", "i3d", Distance(_fvd_inf, least=3 * LOGITS, trusted=3 * LOGITS, certain=False), LOWER,
         "the same for endless sets", UNBIASED,
     ),
-    Metric("kvd", "i3d", Distance(kernel_distance), LOWER, "kernel distance of I3D's logits; for few clips", KERNEL),
+    Metric("kvd", "i3d", _kernel(), LOWER, "kernel distance of I3D's logits; for few clips", KERNEL),
     Metric("fvd_rep2", "i3d_rep2", _frechet(LOGITS), LOWER, "FVD of short clips with each frame shown twice", UNBIASED),
-    Metric("kvd_rep2", "i3d_rep2", Distance(kernel_distance), LOWER, "kernel distance of the same", KERNEL),
+    Metric("kvd_rep2", "i3d_rep2", _kernel(), LOWER, "kernel distance of the same", KERNEL),
     Metric("fvd_i3d_imagenet", "i3d_imagenet", _frechet(LOGITS), LOWER, "by weights from ImageNet on", UNBIASED),
     Metric("fvd_videomae", "videomae", _frechet(VIDEOMAE), LOWER, "content-debiased FVD, by VideoMAE", UNBIASED),
-    Metric("kvd_videomae", "videomae", Distance(kernel_distance), LOWER, "kernel distance by the same", KERNEL),
+    Metric("kvd_videomae", "videomae", _kernel(), LOWER, "kernel distance by the same", KERNEL),
     Metric("is", "c3d", Score(_is), HIGHER, "Inception score by C3D of UCF-101, 1 to 101; one split"),
     Metric("is_10_splits", "c3d", Score(_is_of_ten, least=12), HIGHER, "mean of 10 shares of the clips"),
     Metric(
@@ -161,7 +177,7 @@ _ALL = (
     Metric("shape_accuracy", "judge", marked("shape"), HIGHER, "what is acted on has its shapes"),
     Metric("joint_accuracy", "judge", marked("joint"), HIGHER, "action, colours and shapes at once"),
     Metric("fvd_toy", "toy", _frechet(FEATURES, _toy), LOWER, "by a classifier of mini-something", UNBIASED),
-    Metric("kvd_toy", "toy", Distance(kernel_distance, _toy), LOWER, "kernel distance by the same", KERNEL),
+    Metric("kvd_toy", "toy", _kernel(_toy), LOWER, "kernel distance by the same", KERNEL),
     Metric("is_toy", "toy", Score(_is, (FEATURES, None)), HIGHER, "Inception score by the same, 1 to 16"),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -148,8 +148,11 @@ def _about_interval(measure: Measure, found: Found, interval: tuple[float, float
 def _warnings(measure: Measure, found: Found, generated: Side, reference: Side) -> list[str]:
     told = []
     shifts = isinstance(measure, Distance) and measure.shifts
-    if not found.valid:
-        told.append("there are fewer clips than features, so the value is not valid; look at the kernel distance")
+    if not found.valid and isinstance(measure, Distance):
+        if measure.trusted < generated.rows[:, slice(*measure.columns)].shape[1]:
+            told.append(f"there are fewer than {measure.trusted} clips on a side, so the value is not valid")
+        else:
+            told.append("there are fewer clips than features, so the value is not valid; look at the kernel distance")
     elif shifts and len(generated.clips) != len(reference.clips):
         counts = f"{len(generated.clips)} generated and {len(reference.clips)} reference clips"
         told.append(f"{counts}: compare only with values of the same numbers")
