@@ -39,9 +39,9 @@ LOWER: Better = "lower"
 ALIKE: Better = "as the reference"
 UNBIASED = {"cov": "unbiased"}
 KERNEL = {"kernel": "(x.y / D + 1)^3, unbiased"}
-CANDIDATES = {"candidates": "own prompt and 99 of other templates, of both sides"}
+CANDIDATES = {"candidates": "own prompt and 99 of other templates, of the reference; drawn by prompt and seed"}
 IN_ACTIONS = {"candidates": "own objects in all templates of Something-Something with as many slots"}
-IN_OBJECTS = {"candidates": f"own template with the objects of up to {OTHERS} prompts of both sides"}
+IN_OBJECTS = {"candidates": f"own template with the objects of up to {OTHERS} prompts of the reference"}
 IN_PAIRS = {"candidates": "own template and each that is its mirror image, its reverse or its pretence"}
 LOGITS, VIDEOMAE = 400, 1408  # features of I3D, and of VideoMAE-v2-g
 
