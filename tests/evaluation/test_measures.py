@@ -21,7 +21,7 @@ from vdm.evaluation.extractors import EXTRACTORS
 from vdm.evaluation.measures import Distance, PerClip, Score, Unmeasurable, column
 from vdm.metrics.frechet import frechet_distance
 from vdm.metrics.inception import inception_score
-from vdm.metrics.intervals import wilson
+from vdm.metrics.intervals import Z95, jackknife, wilson
 
 
 def test_a_mean_counts_only_clips_that_have_a_number() -> None:
@@ -69,6 +69,21 @@ def test_a_distance_is_that_of_the_features_whatever_their_order() -> None:
     assert again.value == found.value and again.interval() == found.interval()
     with pytest.raises(Unmeasurable, match="needs at least 20 clips on each side, and there are 19"):
         measure(side(x[:19].tolist()), side(y.tolist()))
+
+
+@pytest.mark.parametrize(("ours", "theirs", "blocks"), [(20, 40, 10), (40, 12, 6), (80, 40, 16)])
+def test_blocks_of_a_jackknife_are_of_two_clips_at_least(ours: int, theirs: int, blocks: int) -> None:
+    def square(x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x.mean() - y.mean()) ** 2)
+
+    x, y = (side(np.random.default_rng(n).normal(size=(n, 1)).tolist()) for n in (ours, theirs))
+    found = Distance(square)(x, y)
+    one, other = (
+        torch.from_numpy(whole.rows[sorted(range(len(whole.clips)), key=lambda i: extract.digest(f"{i:04d}"))])
+        for whole in (x, y)
+    )
+    low, high = found.interval() or (0.0, 0.0)
+    assert (high - low) / 2 == pytest.approx(Z95 * jackknife(square, one, other, blocks=blocks))
 
 
 def test_a_score_is_of_one_side_and_varies_with_that_alone() -> None:
