@@ -169,7 +169,10 @@ _ALL = (
     Metric("warping_error", "flows", _flows["warping_error"], LOWER, "what is left when motion is undone; MSE, 0 to 1"),
     Metric("warping_coverage", "flows", _flows["warping_coverage"], ALIKE, "share of pixels that can be followed"),
     Metric("dynamic_degree", "flows", _flows["dynamic_degree"], ALIKE, "share of clips in which something moves fast"),
-    Metric("dynamic_degree_mean", "flows", _flows["dynamic_degree_mean"], ALIKE, "speed, pixels in an eighth second"),
+    Metric(
+        "dynamic_degree_mean", "flows", _flows["dynamic_degree_mean"], ALIKE,
+        "speed, pixels in an eighth second; below 12 fps, from frame to frame",
+    ),
     Metric("valid_rate", "judge", marked("valid"), HIGHER, "all colours asked for are there"),
     Metric("action_accuracy", "judge", marked("action"), HIGHER, "the action asked for, by fixed rules"),
     Metric("direction_accuracy", "judge", marked("direction"), HIGHER, "the direction asked for"),

@@ -99,7 +99,8 @@ class Median:
 class Distance:
     """How far apart two sets of features are. `least` clips are needed for a value, `trusted` for a valid one.
 
-    The interval is 1.96 standard errors of a block jackknife about the value, for a bootstrap would be biased.
+    The interval is 1.96 standard errors of a block jackknife about the value, for a bootstrap would be biased. It is
+    one of the value at this number of clips: the bias of that is not in it.
     """
 
     of: Callable[[Tensor, Tensor], float]

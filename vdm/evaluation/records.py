@@ -33,9 +33,9 @@ Protocol = Mapping[str, object]
 class Record:
     """One metric of one set of clips.
 
-    `ci95` is the interval that holds the true value 19 times in 20, None where there is none. `floor` is what half of
-    the reference makes of its other half: less cannot be told from nothing. `ceilings` are the values of the reference
-    itself (where a metric needs no other side) and of the reference made worse. `status` is "ok", or begins with
+    `ci95` is a 95 % interval of the value at this number of clips, its bias not included, None where there is none.
+    `floor` is what one part of the reference makes of another: less cannot be told from nothing. `ceilings` are the
+    values of the reference itself (where a metric needs no other side) and of the reference made worse. `status` is "ok", or begins with
     "skipped" and says what is missing; then there is no value.
     """
 
