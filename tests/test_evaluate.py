@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +18,7 @@ from vdm.data.mini_something import render_clip, write_ssv2
 from vdm.data.video import read_clip, write_video
 from vdm.errors import UserError
 from vdm.evaluate import Request, evaluate
+from vdm.evaluation.command import evaluate_command
 from vdm.evaluation.records import PROTOCOL_KEYS, protocol_hash
 from vdm.metrics.similarity import frame_ssim
 
@@ -153,6 +156,27 @@ def test_a_run_that_was_cut_short_leaves_no_records_of_another(
     (out / "metrics.json").mkdir()
     with pytest.raises(UserError, match="cannot remove .*metrics.json: .*; choose another --output_dir"):
         evaluate(request)
+
+
+def test_names_that_cannot_be_written_are_written_with_escapes(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = generated(tmp_path / "samples", 2)
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for i, name in enumerate(("caf\xe9.mp4", os.fsdecode(b"\xff.mp4"))):
+        try:
+            (folder / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+        except OSError:
+            pytest.skip("the file system has no such names")
+        lines.append({**lines[0], "file": name, "seed": 10 + i})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    words = ("--generated", folder, "--reference", reference, "--output_dir", tmp_path / "out")
+    evaluate_command([*map(str, words), "--metrics", "frame_ssim"])
+    assert b"caf\\xe9.mp4 cannot be read" in printed.getvalue()
+    table = (tmp_path / "out" / "metrics.md").read_text(encoding="utf-8")
+    assert "caf\xe9.mp4 cannot be read" in table and "\\udcff.mp4 cannot be read" in table
 
 
 def test_nothing_is_written_where_nothing_can_be_measured(tmp_path: Path, reference: Path) -> None:

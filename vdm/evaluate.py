@@ -169,7 +169,7 @@ def _write(
     _remove(folder / RECORDS)
     records = with_lines([one.record for one in found], write_per_clip(folder, lines))
     with replacing(folder / TABLE, remedy=REMEDY) as file:
-        file.write_text(table(records), encoding="utf-8")
+        file.write_text(table(records), encoding="utf-8", errors="backslashreplace")
     write_page(folder, Content(records, metrics, lines, ours.clips, theirs.clips, shape, _confusion(ours)))
     write_records(folder, records)
     return records

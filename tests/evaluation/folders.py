@@ -48,7 +48,10 @@ def write_lines(folder: Path, lines: Sequence[object]) -> None:
 def side(rows: Sequence[Sequence[float]], prompts: Sequence[str] | None = None) -> Side:
     names = [f"{i:04d}" for i in range(len(rows))]
     texts = names if prompts is None else prompts
-    clips = tuple(Clip(name, Path(name), text, name) for name, text in zip(names, texts, strict=True))
+    # No two clips of the tests have the same bytes, though ids begin anew on each side.
+    clips = tuple(
+        Clip(name, Path(name), text, f"{name} {row}") for name, text, row in zip(names, texts, rows, strict=True)
+    )
     return Side(clips, np.array(rows, dtype=np.float64))
 
 

@@ -21,7 +21,7 @@ from vdm.evaluation.extractors import EXTRACTORS
 from vdm.evaluation.measures import Distance, PerClip, Score, Unmeasurable, column
 from vdm.metrics.frechet import frechet_distance
 from vdm.metrics.inception import inception_score
-from vdm.metrics.intervals import wilson
+from vdm.metrics.intervals import Z95, jackknife, wilson
 
 
 def test_a_mean_counts_only_clips_that_have_a_number() -> None:
@@ -38,6 +38,18 @@ def test_a_mean_counts_only_clips_that_have_a_number() -> None:
 def test_a_share_has_the_interval_of_wilson() -> None:
     rows = side([[1.0]] * 9 + [[0.0]])
     assert column(0, share=True)(rows, rows).interval() == wilson(9, 10)
+
+
+def test_clips_of_one_prompt_do_not_make_a_share_surer() -> None:
+    share, prompts = column(0, share=True), [f"{i % 6}" for i in range(60)]
+    right = side([[float(i % 6 < 4)] for i in range(60)], prompts)
+    found = share(right, right).interval()
+    assert found is not None and found == column(0)(right, right).interval(), "the bootstrap over prompts"
+    naive = wilson(40, 60)
+    assert found[1] - found[0] > 1.5 * (naive[1] - naive[0])
+    all_right, half = side([[1.0]] * 60, prompts), side([[float(i < 30)] for i in range(60)], prompts)
+    assert share(all_right, right).interval() == wilson(6, 6) and share(half, right).interval() == wilson(3, 6)
+    assert share(side([[1.0]] * 5, ["a"] * 5), right).interval() is None
 
 
 def test_a_distance_is_that_of_the_features_whatever_their_order() -> None:
@@ -57,6 +69,21 @@ def test_a_distance_is_that_of_the_features_whatever_their_order() -> None:
     assert again.value == found.value and again.interval() == found.interval()
     with pytest.raises(Unmeasurable, match="needs at least 20 clips on each side, and there are 19"):
         measure(side(x[:19].tolist()), side(y.tolist()))
+
+
+@pytest.mark.parametrize(("ours", "theirs", "blocks"), [(20, 40, 10), (40, 12, 6), (80, 40, 16)])
+def test_blocks_of_a_jackknife_are_of_two_clips_at_least(ours: int, theirs: int, blocks: int) -> None:
+    def square(x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x.mean() - y.mean()) ** 2)
+
+    x, y = (side(np.random.default_rng(n).normal(size=(n, 1)).tolist()) for n in (ours, theirs))
+    found = Distance(square)(x, y)
+    one, other = (
+        torch.from_numpy(whole.rows[sorted(range(len(whole.clips)), key=lambda i: extract.digest(f"{i:04d}"))])
+        for whole in (x, y)
+    )
+    low, high = found.interval() or (0.0, 0.0)
+    assert (high - low) / 2 == pytest.approx(Z95 * jackknife(square, one, other, blocks=blocks))
 
 
 def test_a_score_is_of_one_side_and_varies_with_that_alone() -> None:
@@ -83,6 +110,9 @@ def test_the_spread_of_ten_shares_stands_beside_their_mean() -> None:
     assert beside.value == mean and beside.interval() is not None
     with pytest.raises(Unmeasurable, match="at least 20 clips"):
         METRICS["is_10_splits_std"].measure(rows.part(range(19)), rows)
+    with pytest.raises(Unmeasurable, match="at least 12 clips"):
+        METRICS["is_10_splits"].measure(rows.part(range(11)), rows)
+    assert all(METRICS["is_10_splits"].measure(rows.part(range(n)), rows).interval() for n in range(12, 40))
 
 
 def test_the_ratio_to_real_clips_is_godivas() -> None:

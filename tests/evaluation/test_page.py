@@ -15,7 +15,7 @@ from vdm.data.video import write_video
 from vdm.evaluation.bars import LETTER, MARGIN, MARKS, WIDTH, bar
 from vdm.evaluation.catalogue import METRICS
 from vdm.evaluation.clips import Clip
-from vdm.evaluation.page import Content, write_page
+from vdm.evaluation.page import Content, _memorised, write_page
 from vdm.evaluation.per_clip import Line
 from vdm.evaluation.records import Record, make_record, notes_of
 
@@ -57,3 +57,25 @@ def test_the_page_opens_with_the_table_and_shows_clips_bare(tmp_path: Path) -> N
     assert "<td><b>0.5</b><br>" in text and "not valid" in text and "<td>0.75</td>" in text
     assert text.count("<td>w</td>") == 1 and "<td>skipped: needs x</td>" in text
     assert text.count("<video ") == 2 and " controls" not in text.split("<video ", 1)[1]
+
+
+def told_of_memory(ours: list[float], theirs: list[float], *, same: int = 0) -> str:
+    lines = [
+        *(Line("generated", f"g{i}", "a", 0, nearest="r0", distance=distance) for i, distance in enumerate(ours)),
+        *(Line("reference", f"r{i}", "a", None, nearest="r0", distance=distance) for i, distance in enumerate(theirs)),
+    ]
+    generated, reference = (
+        [Clip(f"{side}{i}", Path("x"), "a", f"{'r' if i < same else side}{i}") for i in range(len(distances))]
+        for side, distances in (("g", ours), ("r", theirs))
+    )
+    return _memorised(Content([], [], lines, generated, reference, SHAPE))
+
+
+def test_copies_are_counted_whatever_is_alike_in_the_reference() -> None:
+    apart = [10.0] * 18
+    assert "<p>2 of 4 generated clips are nearer to a reference clip than 5.0 grey" in told_of_memory(
+        [1.0, 4.9, 5.1, 9.0], [10.0] * 2 + apart
+    )
+    assert "<p>2 of 4 " in told_of_memory([1.0, 4.9, 5.1, 9.0], [0.0] * 2 + [10.0] * 2 + apart), "a pair is alike"
+    assert "<p>1 of 3 " in told_of_memory([0.0, 0.1, 0.2], [0.0] * 8), "all are alike"
+    assert "<p>2 of 3 " in told_of_memory([6.0, 7.0, 8.0], [10.0] * 8, same=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 
 from vdm.data.mini_something import render_clip
@@ -35,6 +36,15 @@ def test_columns_of_frames() -> None:
     assert np.array_equal(found["flicker"], flicker(clips).numpy())
     video = clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
     assert np.allclose(found["motion_energy"], motion_energy(video).numpy(), atol=1e-7)
+
+
+def test_rows_of_frames_are_those_of_each_clip_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, held = pixels.open_frames(NOWHERE, CPU, SHAPE), []
+    monkeypatch.setattr(pixels, "frame_ssim", lambda clips: held.append(len(clips)) or frame_ssim(clips))
+    clips = np.random.default_rng(0).integers(0, 256, (4, 9, 37, 51, 3), dtype=np.uint8)
+    rows = opened.rows(clips, [""] * 4)
+    assert held == [1] * 4, "only one is held as floats"
+    assert np.array_equal(rows, np.concatenate([opened.rows(clip[None], [""]) for clip in clips]))
 
 
 def test_columns_of_flows_know_the_frame_rate() -> None:

@@ -56,14 +56,34 @@ def bad_folder(folder: Path, kind: str) -> None:
         write_lines(folder, [*lines, lines[1]])
     elif kind == "gone":
         (folder / "00001.mp4").unlink()
+    elif kind in ("elsewhere", "absolute"):
+        (folder.parent / "a.mp4").write_bytes((folder / "00001.mp4").read_bytes())
+        name = "../a.mp4" if kind == "elsewhere" else str(folder.parent / "a.mp4")
+        write_lines(folder, [*lines, {**lines[1], "file": name, "seed": 9}])
     elif kind == "stray":
         write_lines(folder, lines[:2])
     elif kind == "shapes":
         write_lines(folder, [*lines[:2], {**lines[2], "fps": 24.0}])
-    elif kind == "same bytes":
-        (folder / "00002.mp4").write_bytes((folder / "00000.mp4").read_bytes())
     else:
         write_lines(folder, [*lines[:2], {**lines[2], "prompt": "prompt 0", "seed": 0}])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("fps", float("inf"), "line 1 of .* has inf fps, and at most 1000 can be read"),
+        ("fps", float("nan"), "line 1 of .* has fps nan, which no clip has"),
+        ("fps", 10**400, "line 1 of .* fps, and at most 1000 can be read"),
+        ("num_frames", 10**15, "line 1 of .* pixels in all its frames, and at most 1073741824"),
+        ("height", 10**9, "line 1 of .* pixels in all its frames, and at most 1073741824"),
+    ],
+    ids=["infinite", "nan", "vast", "long", "high"],
+)
+def test_numbers_that_no_clip_has_are_refused(tmp_path: Path, key: str, value: float, sentence: str) -> None:
+    lines = samples(tmp_path / "samples", 1)
+    write_lines(tmp_path / "samples", [{**lines[0], key: value}])
+    with pytest.raises(UserError, match=sentence):
+        generated_clips(tmp_path / "samples")
 
 
 @pytest.mark.parametrize(
@@ -77,9 +97,13 @@ def bad_folder(folder: Path, kind: str) -> None:
         ("blank prompt", "has prompt ' ', which no clip has"),
         ("twice", "line 4 of .* names 00001.mp4 a second time"),
         ("gone", "line 2 of .* names 00001.mp4, which is not in"),
-        ("stray", "holds 00002.mp4 without a prompt in samples.jsonl"),
+        ("elsewhere", "line 4 of .* names ../a.mp4, which is not a file's bare name"),
+        ("absolute", "line 4 of .* names /.*a.mp4, which is not a file's bare name"),
+        (
+            "stray",
+            "holds 00002.mp4 without a prompt in samples.jsonl, as where an earlier sample.py .* an empty folder",
+        ),
         ("shapes", "00002.mp4 in .* has 4 frames of 48x32 at 24 fps, but 00000.mp4 4 frames of 48x32 at 8 fps"),
-        ("same bytes", "00000.mp4, 00002.mp4 in .* have the same bytes"),
         ("same prompt and seed", "00000.mp4, 00002.mp4 in .* have the same prompt and seed"),
     ],
 )
@@ -87,6 +111,13 @@ def test_what_is_wrong_with_a_sample_folder_is_said(tmp_path: Path, kind: str, s
     bad_folder(tmp_path / "samples", kind)
     with pytest.raises(UserError, match=sentence):
         generated_clips(tmp_path / "samples")
+
+
+def test_a_model_that_makes_one_clip_of_all_prompts_can_be_evaluated(tmp_path: Path) -> None:
+    samples(tmp_path)
+    (tmp_path / "00002.mp4").write_bytes((tmp_path / "00000.mp4").read_bytes())
+    clips, _ = generated_clips(tmp_path)
+    assert len(clips) == 3 and clips[0].sha256 == clips[2].sha256
 
 
 def clip_of(path: Path) -> Clip:

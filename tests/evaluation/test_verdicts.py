@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from vdm.data.mini_something import render_clip
 from vdm.data.phrasing import NUM_FORMS, rephrased
 from vdm.evaluation import verdicts
 from vdm.evaluation.extract import Side
-from vdm.evaluation.matching import r_precision, template_of
+from vdm.evaluation.matching import r_precision, r_precision_rank, template_of
 from vdm.evaluation.measures import Unmeasurable
 from vdm.evaluation.verdicts import asked
 from vdm.metrics.actions import Verdict
@@ -105,6 +106,10 @@ def test_a_template_is_found_again_in_its_captions() -> None:
     assert template_of("something else") == "something else"
 
 
+def _ranks(clips: Side, reference: Side) -> np.ndarray:
+    return r_precision_rank(0)(clips, reference)
+
+
 def test_r_precision_is_that_of_all_candidates() -> None:
     rng = np.random.default_rng(0)
     prompts = [caption(template, ["a cup"] * template.count("[")) for template in SSV2_TEMPLATES[:150]]
@@ -126,6 +131,14 @@ def test_r_precision_is_that_of_all_candidates() -> None:
     assert np.array_equal(r_precision(0, at=1).values(few, rows), values[:3]), (
         "the other side's prompts are there to choose from"
     )
+    renamed = tuple(replace(clip, id=f"x{clip.id}") for clip in rows.clips[50:100])
+    part = Side(renamed, rows.rows[50:100])
+    assert np.array_equal(_ranks(part, rows), _ranks(rows, rows)[50:100]), "neither names nor other clips matter"
+    again = Side(tuple(replace(clip, seed=1) for clip in renamed), part.rows)
+    assert not np.array_equal(_ranks(again, rows), _ranks(part, rows)), "but the seed does"
+    strangers = side(rng.normal(size=(50, 12)).tolist(), [f"stranger {i}" for i in range(50)])
+    both = Side((*part.clips, *strangers.clips), np.concatenate([part.rows, strangers.rows]))
+    assert np.array_equal(_ranks(both, rows)[:50], _ranks(part, rows)), "nor other prompts of the run"
     with pytest.raises(Unmeasurable, match="needs 99 prompts of other templates"):
         r_precision(0, at=1).values(few, few)
     assert retrieval([torch.tensor([1.0, 0.5])]).recall[1] == 1.0

@@ -80,6 +80,7 @@ def test_real_clips_against_themselves(itself: Path) -> None:
     assert fvd["status"].startswith("skipped: needs i3d_torchscript.pt, put it at weights/i3d_torchscript.pt")
     lines = [json.loads(line) for line in (itself / "per_clip.jsonl").read_text().splitlines()]
     assert all(line["distance"] == 0.0 for line in lines if line["side"] == "generated"), "every one is a copy"
+    assert all(told["warnings"][0].startswith("6 of 6 generated clips are files of") for told in (ssim, action))
     assert "6 of 6 generated clips are nearer" in (itself / "report.html").read_text()
 
 
@@ -88,6 +89,7 @@ def test_distances_of_a_set_from_itself(itself: Path) -> None:
     found = records(itself)
     assert 0.0 <= found["fvd_toy"]["value"] < 1e-9 < found["fvd_toy"]["floor"]
     assert found["fvd_toy"]["value"] < min(found["fvd_toy"]["ceilings"].values())
+    assert not any(found[name]["valid"] for name in ("fvd_toy", "kvd_toy", "is_toy")) and found["frame_ssim"]["valid"]
     assert not found["fvd_toy"]["valid"] and "fewer clips than features" in " ".join(found["fvd_toy"]["warnings"])
     assert found["kvd_toy"]["value"] < min(found["kvd_toy"]["ceilings"].values())
     assert found["is_toy"]["value"] == pytest.approx(found["is_toy"]["ceilings"]["reference"], rel=1e-9)
@@ -130,7 +132,8 @@ def test_prompts_that_do_not_match_the_files_are_refused(command: Command, refer
     (samples / "samples.jsonl").write_text("\n".join([*lines, lines[0].replace("00000", "00099")]))
     assert "names 00099.mp4, which is not in" in command("vdm", "evaluate", *words).error
     (samples / "samples.jsonl").write_text("\n".join(lines))
-    shutil.copy(samples / "00000.mp4", samples / "00001.mp4")
+    again = {**json.loads(lines[0]), "file": "00001.mp4"}
+    (samples / "samples.jsonl").write_text("\n".join([lines[0], json.dumps(again), *lines[2:]]))
     assert "00000.mp4, 00001.mp4 in" in command("vdm", "evaluate", *words).error
     assert not (tmp_path / "out").exists()
 

@@ -300,6 +300,9 @@ def test_degree_by_hand() -> None:
     assert not degree(*[fast] * 3, *[slow] * 12)[0], "four pairs of 16 frames are asked for"
     assert degree(*[2.0] * 15, share=5 / 64) == (True, pytest.approx(2.0)), "the fastest twentieth counts"
     assert degree(*[2.0] * 15, share=1 / 64) == (False, pytest.approx(2.0 * 64 / 204))
+    assert not degree(fast, *[slow] * 4)[0] and degree(fast, fast, *[slow] * 3)[0], (
+        "two of 6 frames, not one of 5 pairs"
+    )
     assert degree(fast)[0] and not degree(slow)[0], "of two frames at least one pair is asked for"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from vdm.data.captions import SLOT
 from vdm.evaluation.extract import Side
-from vdm.evaluation.matching import OTHERS, pattern
+from vdm.evaluation.matching import OTHERS, key_of, pattern
 from vdm.evaluation.measures import SEED, PerClip, Unmeasurable, Values
 from vdm.evaluation.verdicts import asked
 from vdm.metrics.retrieval import (
@@ -100,7 +100,7 @@ def _of_caption(kind: Kind, caption: Caption, pool: Sequence[Caption]) -> Iterat
 
 def captions_of(side: Side, reference: Side) -> tuple[Captions, Captions]:
     """A caption for each clip of a side, None where its prompt is not known to fill a template; and, in an order that
-    means nothing, those of both sides, of which each object is there once."""
+    means nothing, those of the reference, of which each object is there once."""
     clips = [clip for one in (reference, side) for clip in one.clips]
     annotated = {clip.prompt: (clip.template, clip.placeholders) for clip in clips if clip.placeholders}
     templates = tuple(sorted({template for template, _ in annotated.values()}))
@@ -111,9 +111,11 @@ def captions_of(side: Side, reference: Side) -> tuple[Captions, Captions]:
 
     # A caption's name and text are not looked at in the pool, only its objects.
     pool = {
-        found.objects: found for prompt in sorted({clip.prompt for clip in clips}) if (found := caption("", prompt))
+        found.objects: found
+        for prompt in sorted({clip.prompt for clip in reference.clips})
+        if (found := caption("", prompt))
     }
-    return tuple(caption(clip.id, clip.prompt) for clip in side.clips), tuple(pool.values())
+    return tuple(caption(key_of(clip), clip.prompt) for clip in side.clips), tuple(pool.values())
 
 
 @lru_cache(maxsize=1 << 14)

@@ -20,6 +20,8 @@ from vdm.files import in_words, is_file, names_in
 MOST_REFERENCE = 2048  # clips; what FVD is mostly reported with
 SLOWEST = 0.9  # of the frame rate of those generated that a reference clip may have
 SAMPLES = "samples.jsonl"
+FASTEST = 1000  # frames a second
+MOST_PIXELS = 2**30  # of all frames of a clip: 500 of 1920x1080
 FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "file": str, "prompt": str, "seed": int, "num_frames": int, "height": int, "width": int, "fps": (int, float),
 }  # fmt: skip
@@ -63,8 +65,8 @@ class BadClip(Exception):
 def generated_clips(folder: Path) -> tuple[list[Clip], Shape]:
     """The clips of a sample folder by file name, and the shape that they share, as `samples.jsonl` has it.
 
-    Raises UserError where list and files are not each other's, where clips are of several shapes, and where one clip
-    is there twice, which would feign a larger set.
+    Raises UserError where list and files are not each other's, where clips are of several shapes, and where two have
+    the same prompt and seed. Two of the same bytes are taken: a model that has collapsed makes such.
     """
     entries = _entries(folder)
     shapes = {
@@ -84,7 +86,8 @@ def generated_clips(folder: Path) -> tuple[list[Clip], Shape]:
     )
     if strays:
         raise UserError(
-            f"{folder} holds {_several(strays)} without a prompt in {SAMPLES}; add a line for each, or move them away"
+            f"{folder} holds {_several(strays)} without a prompt in {SAMPLES}, as where an earlier sample.py wrote "
+            "into the same folder; move them away, or sample into an empty folder"
         )
     clips = [
         Clip(
@@ -113,6 +116,10 @@ def _entries(folder: Path) -> dict[str, Mapping[str, object]]:
             continue
         entry = _parsed(line, f"line {number} of {path}")
         name = str(entry["file"])
+        if Path(name).name != name:
+            raise UserError(
+                f"line {number} of {path} names {name}, which is not a file's bare name; move it into {folder}"
+            )
         if name in entries:
             raise UserError(f"line {number} of {path} names {name} a second time; each clip counts once")
         if not is_file(folder / name):
@@ -136,21 +143,26 @@ def _parsed(line: str, where: str) -> Mapping[str, object]:
             raise UserError(f"{where} has no {key} as sample.py writes it; each line needs {', '.join(FIELDS)}")
         if not (value.strip() if isinstance(value, str) else key == "seed" or value > 0):  # type: ignore[operator]
             raise UserError(f"{where} has {key} {value!r}, which no clip has; mend or remove it")
+    # Before anything is reckoned with them: JSON has numbers of any size, and Python infinity and NaN besides.
+    for what, number, most in (
+        ("fps", entry["fps"], FASTEST),
+        ("pixels in all its frames", entry["num_frames"] * entry["height"] * entry["width"], MOST_PIXELS),
+    ):
+        if number > most:
+            raise UserError(f"{where} has {number} {what}, and at most {most} can be read; mend or remove it")
     return entry
 
 
 def _refuse_twins(clips: Sequence[Clip], folder: Path) -> None:
-    """Raises UserError where two clips have the same bytes, or the same prompt and seed."""
-    for what, keys in (
-        ("the same bytes", [clip.sha256 for clip in clips]),
-        ("the same prompt and seed", [f"{clip.seed} {clip.prompt}" for clip in clips]),
-    ):
-        key, count = Counter(keys).most_common(1)[0]
-        if count > 1:
-            names = [clip.id for clip, other in zip(clips, keys, strict=True) if other == key]
-            raise UserError(
-                f"{_several(names)} in {folder} have {what}; each clip counts once, so sample more with other seeds"
-            )
+    """Raises UserError where two clips have the same prompt and seed."""
+    keys = [(clip.prompt, clip.seed) for clip in clips]
+    key, count = Counter(keys).most_common(1)[0]
+    if count > 1:
+        names = [clip.id for clip, other in zip(clips, keys, strict=True) if other == key]
+        raise UserError(
+            f"{_several(names)} in {folder} have the same prompt and seed; each clip counts once, so sample more with "
+            "other seeds"
+        )
 
 
 # ---- the reference

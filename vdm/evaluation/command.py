@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,8 +75,14 @@ def _measure(options: argparse.Namespace) -> None:
     protocol = Options(**{name: getattr(options, name) for name in CHOICES})
     records = evaluate(Request(**{name: getattr(options, name) for name in fields}, metrics=names, options=protocol))
     if records:  # only the main process has them
-        print(table(records), end="")
-        print(f"wrote metrics.json, metrics.md, per_clip.jsonl and report.html to {options.output_dir}")
+        _tell(table(records))
+        _tell(f"wrote metrics.json, metrics.md, per_clip.jsonl and report.html to {options.output_dir}\n")
     if records and names and not any(record.ok for record in records):
         told = "; ".join(f"{record.metric} is {record.status}" for record in records)
         raise UserError(f"nothing that --metrics names could be measured: {told}")
+
+
+def _tell(text: str) -> None:
+    """Print, with an escape for each letter of a file's name that the terminal has not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))

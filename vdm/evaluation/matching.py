@@ -11,8 +11,10 @@ import torch
 
 from vdm.data.captions import SLOT
 from vdm.errors import UserError
+from vdm.evaluation.clips import Clip
 from vdm.evaluation.extract import Rows, Side
 from vdm.evaluation.measures import SEED, PerClip, Unmeasurable, Values
+from vdm.evaluation.records import digest
 from vdm.metrics.retrieval import Caption, expected_credit, expected_rank, rp100
 from vdm.templates import SSV2_TEMPLATES
 
@@ -24,7 +26,7 @@ def r_precision(first: int, *, at: int) -> PerClip:
     """The share of clips whose own prompt is among the best `at`, counted in part where it is so by lot.
 
     Rows hold, from column `first` on, the unit vectors of the mean frame and of the prompt. Prompts to choose from are
-    those of both sides.
+    the reference's, so that a clip's do not depend on the others that are evaluated.
     """
 
     def by_lot(side: Side, reference: Side) -> Values:
@@ -42,13 +44,15 @@ def _of_scores(first: int, function: Callable[[torch.Tensor], float]) -> Callabl
     """A function of the scores (100,) of each clip's prompts, the own first."""
 
     def values(side: Side, reference: Side) -> Values:
-        pool: dict[str, Caption] = {}
         vectors: dict[str, Rows] = {}
         for one in (reference, side):
             texts = np.split(one.rows[:, first:], 2, axis=1)[1]
-            pool |= {clip.prompt: _caption(clip.prompt, clip.template, "") for clip in one.clips}
             vectors |= {clip.prompt: text for clip, text in zip(one.clips, texts, strict=True)}
-        captions = tuple(_caption(clip.prompt, pool[clip.prompt].template, clip.id) for clip in side.clips)
+        pool = {clip.prompt: _caption(clip.prompt, clip.template, "") for clip in reference.clips}
+        templates = {prompt: caption.template for prompt, caption in pool.items()}
+        captions = tuple(
+            _caption(clip.prompt, clip.template or templates.get(clip.prompt, ""), key_of(clip)) for clip in side.clips
+        )
         means = np.split(side.rows[:, first:], 2, axis=1)[0]
         sets = _candidates(captions, tuple(pool[prompt] for prompt in sorted(pool)))
         # Not a matrix product, which may round equal rows differently: ties must stay ties.
@@ -66,8 +70,13 @@ def _candidates(captions: Captions, pool: Captions) -> list[list[str]]:
         return [rp100(caption, pool, seed=SEED, num=OTHERS) for caption in captions]
     except UserError as error:
         raise Unmeasurable(
-            f"needs {OTHERS} prompts of other templates for each clip, and the two sides have fewer"
+            f"needs {OTHERS} prompts of other templates for each clip, and the reference has fewer"
         ) from error
+
+
+def key_of(clip: Clip) -> str:
+    """What a clip's candidates are drawn by: no file's name, so that they are the same wherever it lies."""
+    return digest([clip.prompt, clip.seed])
 
 
 def _caption(prompt: str, template: str, name: str) -> Caption:

@@ -48,7 +48,8 @@ class Found:
 class PerClip:
     """The mean of a number that each clip has: `values(side, reference)` are (N,), NaN where a clip does not count.
 
-    The interval is a bootstrap over prompts, or Wilson's for a share of clips. `chance` is of each clip what a choice
+    The interval is a bootstrap over prompts, or Wilson's for a share of clips where each has its own prompt: clips of
+    one prompt are alike, and Wilson's would count them as if they were not. `chance` is of each clip what a choice
     without meaning would give it.
     """
 
@@ -66,12 +67,15 @@ class PerClip:
         total, count = math.fsum(values[counted]), int(counted.sum())
 
         def interval() -> Interval | None:
-            if self.share:
-                return wilson(total, count)
             prompts = [clip.prompt for clip, counts in zip(generated.clips, counted, strict=True) if counts]
-            if len(set(prompts)) < 2:
+            num_prompts = len(set(prompts))
+            if self.share and num_prompts == count:
+                return wilson(total, count)
+            if num_prompts < 2:
                 return None
-            return bootstrap_mean(torch.from_numpy(values[counted]), prompts, seed=SEED)
+            low, high = bootstrap_mean(torch.from_numpy(values[counted]), prompts, seed=SEED)
+            # All prompts alike, as where all clips are right: a bootstrap takes that for certainty.
+            return wilson(total / count * num_prompts, num_prompts) if self.share and low == high else (low, high)
 
         chance = None if self.chance is None else float(self.chance(generated, reference)[counted].mean())
         return Found(total / count, count, interval, values, chance=chance)
@@ -95,7 +99,8 @@ class Median:
 class Distance:
     """How far apart two sets of features are. `least` clips are needed for a value, `trusted` for a valid one.
 
-    The interval is 1.96 standard errors of a block jackknife about the value, for a bootstrap would be biased.
+    The interval is 1.96 standard errors of a block jackknife about the value, for a bootstrap would be biased. It is
+    one of the value at this number of clips: the bias of that is not in it.
     """
 
     of: Callable[[Tensor, Tensor], float]

@@ -36,10 +36,10 @@ class Record:
     """One metric of one set of clips.
 
     `ci95` is the 95 % interval of the value at this number of clips, None where there is none: what a distance gains
-    by there being few is in the value and not in the interval. `floor` is what half of the reference makes of its other
-    half: less cannot be told from nothing. `ceilings` are the values of the reference itself (where a metric needs no
-    other side) and of the reference made worse. `status` is "ok", or begins with "skipped" and says what is missing;
-    then there is no value.
+    by there being few is in the value and not in the interval. `floor` is what one part of the reference makes of
+    another: less cannot be told from nothing. `ceilings` are the values of the reference itself (where a metric needs
+    no other side) and of the reference made worse. `status` is "ok", or begins with "skipped" and says what is
+    missing; then there is no value.
     """
 
     metric: str

@@ -51,7 +51,8 @@ class WarpingError(NamedTuple):
 
 
 class DynamicDegree(NamedTuple):
-    """Whether a clip moves much, and the speed behind that: pixels of the clip in about an eighth of a second."""
+    """Whether a clip moves much, and the speed behind that: pixels of the clip in about an eighth of a second, or
+    from each frame to the next where that is longer."""
 
     dynamic: bool
     mean: float
