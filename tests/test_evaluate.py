@@ -9,6 +9,7 @@ import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from vdm.data.mini_something import render_clip, write_ssv2
 from vdm.data.video import read_clip, write_video
 from vdm.errors import UserError
 from vdm.evaluate import Request, evaluate
+from vdm.evaluation import clips
+from vdm.evaluation.clips import BadClip, Clip, Shape
 from vdm.evaluation.command import evaluate_command
 from vdm.evaluation.records import PROTOCOL_KEYS, protocol_hash
 from vdm.metrics.similarity import frame_ssim
@@ -99,8 +102,8 @@ def test_it_is_pure(tmp_path: Path, reference: Path) -> None:
     assert fvd.value is None and fvd.status.startswith("skipped: needs i3d_torchscript.pt, put it at weights/i3d_")
     assert r_precision.status.startswith("skipped: needs ViT-B-32.pt, put it at weights/ViT-B-32.pt")
 
-    clips = [read_clip(folder / f"{i:05d}.mp4", fps=8.0, num_frames=6) for i in range(4)]
-    direct = frame_ssim(torch.from_numpy(np.stack(clips)))
+    decoded = [read_clip(folder / f"{i:05d}.mp4", fps=8.0, num_frames=6) for i in range(4)]
+    direct = frame_ssim(torch.from_numpy(np.stack(decoded)))
     assert ssim.value == pytest.approx(direct.mean().item(), abs=1e-15)
     assert ssim.ceilings["frozen"] == 1.0 and set(ssim.ceilings) == {"reference", "frozen", "shuffled", "noise"}
     assert ssim.ci95 is not None and ssim.ci95[0] < ssim.value < ssim.ci95[1]
@@ -124,7 +127,9 @@ def test_a_mean_of_two_halves_bounds_the_floor(tmp_path: Path, reference: Path) 
     assert record.ceilings["frozen"] == 0.0 < record.ceilings["shuffled"]
 
 
-def test_a_hash_is_of_the_reference_that_was_measured_by(tmp_path: Path, reference: Path) -> None:
+def test_a_hash_is_of_the_reference_that_was_measured_by(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two references have the same ids, and one loses a clip while it is decoded."""
     folder, other, cut = generated(tmp_path / "samples", 2), tmp_path / "other", tmp_path / "cut"
     write_ssv2(other, num_clips=5, size=64, num_frames=20, fps=12.0, seed=9)
@@ -140,6 +145,15 @@ def test_a_hash_is_of_the_reference_that_was_measured_by(tmp_path: Path, referen
     (folder / "samples.jsonl").write_text(lines.replace('"fps": 8.0', '"fps": 8'))
     again = evaluate(Request(folder, reference, tmp_path / "out", ("frame_ssim",)))[0]
     assert again.protocol_hash in hashes, "8 and 8.0 frames a second are the same"
+
+    def read_reference(clip: Clip, shape: Shape) -> np.ndarray:
+        if clip.id == first.stem:
+            raise BadClip("a decoder that cannot read it")
+        return clips.read_reference(clip, shape)
+
+    monkeypatch.setattr("vdm.evaluate.clips", SimpleNamespace(**{**vars(clips), "read_reference": read_reference}))
+    fewer = evaluate(Request(folder, reference, tmp_path / "fewer", ("frame_ssim",)))[0]
+    assert fewer.n_reference == 4 and fewer.protocol_hash != again.protocol_hash
 
 
 def test_a_run_that_was_cut_short_leaves_no_records_of_another(

@@ -107,6 +107,18 @@ def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
         assert f"| {row['right']} of {row['clips']}, {share} % [{low}, {high}] | {chance} % |" in README, name
 
 
+def test_the_table_of_the_evaluation_is_the_saved_one() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / "evaluate-demo-cpu.json").read_text(encoding="utf-8"))
+    records = {record["metric"]: record for record in content}
+    shown = ("frame_ssim", "ms_flow", "warping_error", "action_accuracy", "direction_accuracy", "colour_accuracy")
+    for name in (*shown, "shape_accuracy", "fvd_toy", "is_toy"):
+        record, low, high = records[name], *records[name]["ci95"]
+        real = record["ceilings"].get("reference", record["floor"])
+        cells = (record["value"], real, record["ceilings"]["frozen"], record["ceilings"]["shuffled"])
+        value, real, frozen, shuffled = (f"{x:.4g}" for x in cells)
+        assert f"| `{name}` | {value} | {low:.4g} to {high:.4g} | {real} | {frozen} | {shuffled} |" in README, name
+
+
 def test_the_table_of_the_judge_of_actions_is_the_saved_one() -> None:
     record = saved("actions-cpu.json")
     assert [line for line in actions_table(record) if line not in METRICS] == []

@@ -34,8 +34,8 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     elif options.compare:
         from vdm.evaluation.compare import compare, table
 
-        print(table(compare(options.compare, options.output_dir)), end="")
-        print(f"wrote compare.json and compare.html to {options.output_dir}")
+        _tell(table(compare(options.compare, options.output_dir)))
+        _tell(f"wrote compare.json and compare.html to {options.output_dir}\n")
     else:
         for name, folder in sides.items():
             if folder is None:
