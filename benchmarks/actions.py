@@ -31,32 +31,10 @@ from vdm.errors import UserError
 from vdm.metrics.action_scores import Scores, Share, read_prompt, score
 from vdm.metrics.actions import RULES_VERSION, Verdict, judge
 from vdm.pipeline import TextToVideo
+from vdm.vocabulary import MIRRORED, REWOUND
 
 FPS, NUM_FRAMES = 8.0, 16
 MOST_ENCODED = 100  # clips that the demo model's autoencoder is tried on: it takes longer than all else together
-
-MIRRORED = {
-    "push_left_to_right": "push_right_to_left",
-    "push_right_to_left": "push_left_to_right",
-    "pull_left_to_right": "pull_right_to_left",
-    "pull_right_to_left": "pull_left_to_right",
-}
-# Rewound, what is picked up is put down and what is put down picked up; a fall, a cover and a turn become no action.
-REWOUND = {
-    "push_left_to_right": "pull_right_to_left",
-    "push_right_to_left": "pull_left_to_right",
-    "pull_left_to_right": "push_right_to_left",
-    "pull_right_to_left": "push_left_to_right",
-    "pick_up": "put_on_surface",
-    "put_on_surface": "pick_up",
-    "move_down": "pick_up",
-    "move_towards_camera": "move_away_from_camera",
-    "move_away_from_camera": "move_towards_camera",
-    "move_closer": "move_apart",
-    "move_apart": "move_closer",
-    "throw_and_catch": "throw_and_catch",
-    "hold": "hold",
-}
 
 Clip = np.ndarray  # uint8 (T,H,W,3)
 Change = Callable[[Clip, np.random.Generator], Clip]

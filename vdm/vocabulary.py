@@ -73,3 +73,27 @@ ACTIONS: tuple[Action, ...] = (
     Action("throw_and_catch", "Throwing [something] in the air and catching it"),
     Action("hold", "Holding [something]"),
 )
+
+# What a clip of an action shows when left and right are exchanged; of all others, the same action.
+MIRRORED: dict[str, str] = {
+    "push_left_to_right": "push_right_to_left",
+    "push_right_to_left": "push_left_to_right",
+    "pull_left_to_right": "pull_right_to_left",
+    "pull_right_to_left": "pull_left_to_right",
+}
+# Rewound, what is picked up is put down and what is put down picked up; a fall, a cover and a turn become no action.
+REWOUND: dict[str, str] = {
+    "push_left_to_right": "pull_right_to_left",
+    "push_right_to_left": "pull_left_to_right",
+    "pull_left_to_right": "push_right_to_left",
+    "pull_right_to_left": "push_left_to_right",
+    "pick_up": "put_on_surface",
+    "put_on_surface": "pick_up",
+    "move_down": "pick_up",
+    "move_towards_camera": "move_away_from_camera",
+    "move_away_from_camera": "move_towards_camera",
+    "move_closer": "move_apart",
+    "move_apart": "move_closer",
+    "throw_and_catch": "throw_and_catch",
+    "hold": "hold",
+}

@@ -18,29 +18,7 @@ from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.drawing import SHAPE_ART, Canvas
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.metrics.actions import judge
-from vdm.vocabulary import ACTIONS, COLOURS
-
-MIRRORED = {
-    "push_left_to_right": "push_right_to_left",
-    "push_right_to_left": "push_left_to_right",
-    "pull_left_to_right": "pull_right_to_left",
-    "pull_right_to_left": "pull_left_to_right",
-}
-REWOUND = {
-    "push_left_to_right": "pull_right_to_left",
-    "push_right_to_left": "pull_left_to_right",
-    "pull_left_to_right": "push_right_to_left",
-    "pull_right_to_left": "push_left_to_right",
-    "pick_up": "put_on_surface",  # the hand that came goes
-    "put_on_surface": "pick_up",
-    "move_down": "pick_up",
-    "move_towards_camera": "move_away_from_camera",
-    "move_away_from_camera": "move_towards_camera",
-    "move_closer": "move_apart",
-    "move_apart": "move_closer",
-    "throw_and_catch": "throw_and_catch",
-    "hold": "hold",
-}
+from vdm.vocabulary import ACTIONS, COLOURS, MIRRORED, REWOUND
 
 
 def render(index: int, *, size: int = 64, num_frames: int = 16) -> Rendered:

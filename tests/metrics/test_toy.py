@@ -14,28 +14,14 @@ from vdm.data.casting import compose
 from vdm.data.mini_something import render_clip
 from vdm.errors import UserError
 from vdm.metrics.toy import FEATURES, SHIPPED, ToyClassifier, load_toy_classifier
-from vdm.vocabulary import ACTIONS
+from vdm.vocabulary import ACTIONS, MIRRORED, REWOUND
 from vdm.weights import open_weights
 
 SEED = 3  # of clips that it was not trained on
 NAMES = [action.name for action in ACTIONS]
-LATERAL = {
-    "push_left_to_right": "push_right_to_left",
-    "push_right_to_left": "push_left_to_right",
-    "pull_left_to_right": "pull_right_to_left",
-    "pull_right_to_left": "pull_left_to_right",
-}
-# Pushed from left to right and played backwards, a thing is pulled from right to left.
-REWOUND = {
-    "push_left_to_right": "pull_right_to_left",
-    "push_right_to_left": "pull_left_to_right",
-    "pull_left_to_right": "push_right_to_left",
-    "pull_right_to_left": "push_left_to_right",
-    "move_towards_camera": "move_away_from_camera",
-    "move_away_from_camera": "move_towards_camera",
-    "move_closer": "move_apart",
-    "move_apart": "move_closer",
-}
+# The classifier has never seen a clip backwards: only actions whose reverse leaves nothing to argue about.
+ARGUED = ("pick_up", "put_on_surface", "move_down", "throw_and_catch", "hold")
+REWOUND_CLEARLY = {name: other for name, other in REWOUND.items() if name not in ARGUED}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +55,8 @@ def test_it_knows_the_actions(net: ToyClassifier, clips: Tensor) -> None:
 
 def test_it_sees_motion(net: ToyClassifier, clips: Tensor) -> None:
     """A mirror turns directions around and leaves the rest; time turns what has an opposite; a still has no action."""
-    assert right(net, clips.flip(3), becomes=LATERAL, keep=True) >= 0.9
-    assert right(net, clips.flip(1), becomes=REWOUND) >= 0.8
+    assert right(net, clips.flip(3), becomes=MIRRORED, keep=True) >= 0.9
+    assert right(net, clips.flip(1), becomes=REWOUND_CLEARLY) >= 0.8
     rng = np.random.default_rng(0)  # an order for each clip: one for all may leave the early frames before the late
     shuffled = torch.stack([clip[torch.from_numpy(rng.permutation(16))] for clip in clips])
     assert right(net, shuffled, becomes={}, keep=True) < 0.7
