@@ -56,7 +56,8 @@ class Shape:
 
 
 def shapes() -> Iterator[Shape]:
-    for (place, (P, H)), B, F in itertools.product(PLACES.items(), (4, 2, 1), (16, 24)):
+    """The most used first."""
+    for F, B, (place, (P, H)) in itertools.product((16, 24), (4, 2, 1), PLACES.items()):
         if place != "L0@512" or B == 1:
             yield Shape(place, B, F, P, H, 64, "bf16")
     for F, D, dtype in ((8, 64, "bf16"), (17, 64, "bf16"), (32, 64, "bf16"), (16, 40, "bf16"), (16, 64, "fp16")):

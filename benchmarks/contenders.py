@@ -15,6 +15,9 @@ from vdm.models import UNet3D, UNetConfig
 from vdm.training.parallel import checkpoint_activations, compile_blocks
 from vdm.training.settings import Recompute
 
+EAGER, TUNED = "diffusers-eager", "diffusers-tuned"
+RIVALS = ("diffusers", EAGER, TUNED)  # the first is both
+
 # 58.0 M parameters, for CPUs.
 SMALL = UNetConfig(unet_dim=64, attention_head_dim=32, context_dim=256)
 

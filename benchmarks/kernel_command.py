@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -32,8 +33,10 @@ def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, 
     for the interpreter, which prints errors as JSON."""
     parser = Parser(prog=prog, description=title.split("\n")[0])
     parser.flag("--device", help="cuda or cpu; a GPU by default where there is one")
+    parser.flag("--minutes", type=float, metavar="F", help="on a GPU: begin no other shape after so long")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_args(arguments)
+    began = time.monotonic()
     device = pick_device(options.device)
     on_gpu = device.type == "cuda"
     copy = copy_bandwidth(device)
@@ -44,6 +47,10 @@ def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, 
         print("These are CPU times, in which the kernels have no part: how fast those are, they do not say.")
     rows: list[Row] = []
     for row in (gpu_rows if on_gpu else cpu_rows)(device, copy):
+        late = options.minutes is not None and time.monotonic() - began > 60 * options.minutes
+        if late and rows and row.shape != rows[-1].shape:
+            print(f"{row.shape} and what follows are left out: {options.minutes:g} minutes are over")
+            break
         for line in table([row], titles=not rows):
             print(line, flush=True)
         rows.append(row)

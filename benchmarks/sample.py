@@ -3,11 +3,13 @@
 The shipped demo model by default; a folder's with `--checkpoint`, random weights of a config with `--config`. From
 prompts to latents, and to frames: all contenders in one process, in turn; medians; seconds of the CPU on a CPU. On a
 GPU ours is there twice, the second time by a CUDA graph (`sampling.cuda_graph`).
-`--rival diffusers` converts the model and adds diffusers' own pipeline, which is then given the same noise.
+`--rival diffusers` converts the model and adds diffusers' own pipeline, which is then given the same noise; on a GPU it
+too is there twice, the second time with its UNet channels_last and compiled (mode "reduce-overhead").
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.common import environment, versions, write_json
+from benchmarks.contenders import EAGER, RIVALS, TUNED
 from benchmarks.timing import clocks, interleaved, launches_and_peak
 from vdm.cli import Parser, run
 from vdm.components import Components
@@ -60,6 +63,15 @@ def rival_of(pipe: TextToVideo, folder: Path) -> Any:
     pipe.save_pretrained(folder / "ours")
     convert(folder / "ours", folder / "theirs", to="diffusers")
     other = DiffusionPipeline.from_pretrained(folder / "theirs")
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def compiled(pipe: Any) -> Any:
+    """The same pipeline with a UNet of its own, tuned as diffusers' users tune it."""
+    unet = copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last)
+    parts = {**pipe.components, "unet": torch.compile(unet, mode="reduce-overhead", dynamic=False)}
+    other = type(pipe)(**parts)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -109,15 +121,19 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 def apart(calls: dict[str, Callable[[int], Any]]) -> float:
     """The largest difference of values in 0 to 1 between ours and the rival."""
-    frames = [torch.as_tensor(call(0)) for call in calls.values()]
+    theirs = next(name for name in calls if name.startswith("diffusers"))
+    frames = [torch.as_tensor(calls[name](0)) for name in ("vdm", theirs)]
     return float((frames[0] - frames[1]).abs().max())
 
 
 def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="sample.py", description=str(__doc__).split("\n")[0])
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of --config"
+    )
     parser.flag("--checkpoint", type=Path, metavar="DIR", help="a model folder (default: the shipped demo model)")
     parser.flag("--config", type=Path, metavar="FILE", help="random weights of this config instead")
-    parser.flag("--rival", choices=("diffusers",), help="beside whom")
+    parser.flag("--rival", choices=RIVALS, help="beside whom; diffusers is both, tuned on a GPU alone")
     parser.flag("--steps", type=int, default=50, metavar="N", help="of DDIM (default 50)")
     parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4)")
     parser.flag("--guidance_scale", type=float, metavar="F", help="default: the model's")
@@ -126,14 +142,16 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag("--dtype", choices=tuple(DTYPES), default="fp32", help="of UNet and VAE (default fp32)")
     parser.flag("--device", metavar="D", help="cuda or cpu; a GPU by default where there is one")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.overrides and options.config is None:
+        raise UserError(f"{options.overrides[0]} replaces a value of --config; give that, too")
     if options.checkpoint is not None and options.config is not None:
         raise UserError("give --checkpoint or --config, not both")
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, got {options.batch_size}")
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     if options.config is not None:
-        config = load(options.config)
+        config = load(options.config, options.overrides)
         pipe = TextToVideo(config, build_components(config))
     else:
         pipe = TextToVideo.from_pretrained(options.checkpoint)
@@ -145,17 +163,22 @@ def command(arguments: Sequence[str]) -> None:
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(options.batch_size)]
     pipes: dict[str, Any] = {"vdm": pipe}
     with tempfile.TemporaryDirectory() as folder:
+        on_gpu = device.type == "cuda"
         if options.rival is not None:
-            pipes["diffusers"] = rival_of(pipe, Path(folder)).to(device, dtype)
+            other = rival_of(pipe, Path(folder)).to(device, dtype)
+            if options.rival != TUNED or not on_gpu:
+                pipes["diffusers"] = other
+            if options.rival != EAGER and on_gpu:
+                pipes["diffusers, compiled"] = compiled(other)
         pipe.to(device, dtype)
-        if device.type == "cuda":
+        if on_gpu:
             parts = Components(pipe.unet, pipe.vae, pipe.text_encoder, pipe.schedule)
             config = replace(pipe.config, sampling=replace(defaults, cuda_graph=True))
             pipes["vdm, replayed"] = TextToVideo(config, parts)
         calls = calls_of(pipes, prompts, chosen)
-        facts = {**environment(device), "gpu": clocks() if device.type == "cuda" else None, "sampling": chosen}
+        facts = {**environment(device), "gpu": clocks() if on_gpu else None, "sampling": chosen}
         facts["others"] = versions("triton", "diffusers")
-        if len(pipes) > 1:
+        if options.rival is not None:
             facts["apart"] = apart(calls["to frames"])
         print(json.dumps(facts, indent=1))
         rows = measure(calls, options.batch_size, device)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 REPEATS = {"cuda": 100, "cpu": 7}
+LEAST, ENOUGH = (
+    7,
+    10.0,
+)  # of a call on a GPU that takes long: as often as this, and no more once so many seconds are over
 
 
 def random(sizes: Sequence[int], device: torch.device, seed: int) -> Tensor:
@@ -52,9 +56,12 @@ def interleaved(calls: dict[str, Callable[[int], object]], device: torch.device)
         call(0)
     clocks = {name: clock(call, device) for name, call in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
     for i in range(REPEATS[device.type]):
         for name, one in clocks.items():
             found[name].append(one(i))
+        if i + 1 >= LEAST and time.perf_counter() - began > ENOUGH * len(calls):
+            break
     return found
 
 
@@ -74,14 +81,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(interleaved({"": lambda i: target.copy_(source)}, device)[""])
 
 
-def launches_and_peak(call: Callable[[int], object], device: torch.device) -> tuple[int | None, float | None]:
+def launches_and_peak(
+    call: Callable[[int], object], device: torch.device, *, in_all: bool = False
+) -> tuple[int | None, float | None]:
+    """How many kernels a call launches, and the megabytes of a GPU it takes: beyond what was there, or `in_all`."""
     if device.type != "cuda":
         return None, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call(0)
         torch.cuda.synchronize()
     launches = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
-    before = torch.cuda.memory_allocated()
+    before = 0 if in_all else torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call(0)
     return launches, (torch.cuda.max_memory_allocated() - before) / 1e6

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import environment, versions, write_json
-from benchmarks.contenders import SMALL, Contender, diffusers_as_it_is, diffusers_tuned, ours, same_weights
+from benchmarks.contenders import (
+    EAGER,
+    RIVALS,
+    SMALL,
+    TUNED,
+    Contender,
+    diffusers_as_it_is,
+    diffusers_tuned,
+    ours,
+    same_weights,
+)
 from benchmarks.oracles import fitting, relative
 from benchmarks.timing import clocks, interleaved, launches_and_peak, random
 from vdm.cli import Parser, run
@@ -113,7 +123,7 @@ def measure(contenders: Sequence[Contender], task: Task, config: Config, device:
         facts = {}
         for name, call in mine.items():
             call(0)
-            facts[name] = launches_and_peak(call, device)
+            facts[name] = launches_and_peak(call, device, in_all=True)
         for name, times in interleaved(mine, device).items():
             middle, (low, *_, high) = statistics.median(times), statistics.quantiles(times, n=5)
             tflops = flops * (1 if which == "forward" else 3) / middle / 1e12
@@ -179,13 +189,15 @@ def contenders_of(config: Config, device: torch.device, rival: str | None) -> li
     how = training.gradient_checkpointing if isinstance(training.gradient_checkpointing, str) else "none"
     device = torch.device("cpu") if device.type == "cuda" else device  # each comes to a GPU when it is its turn
     found = [ours(config.model, device, autocast=autocast, recompute=how, compiled=training.compile)]
-    if rival == "diffusers":
-        if find_spec("diffusers") is None:
-            raise UserError("--rival diffusers needs diffusers; run: pip install -e '.[parity]'")
+    if rival is None:
+        return found
+    if find_spec("diffusers") is None:
+        raise UserError(f"--rival {rival} needs diffusers; run: pip install -e '.[parity]'")
+    if rival != TUNED:
         found.append(diffusers_as_it_is(config.model, device, autocast=autocast))
         same_weights(found[0], found[1])
-        if on_gpu:
-            found.append(diffusers_tuned(config.model, device))
+    if rival != EAGER and on_gpu:
+        found.append(diffusers_tuned(config.model, device))
     return found
 
 
@@ -193,7 +205,7 @@ def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="train_step.py", description=str(__doc__).split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the config's")
     parser.flag("--config", type=Path, metavar="FILE", help="a YAML file; without it a small UNet, in float32")
-    parser.flag("--rival", choices=("diffusers",), help="beside whom")
+    parser.flag("--rival", choices=RIVALS, help="beside whom; diffusers is both, tuned on a GPU alone")
     parser.flag("--batch_size", type=int, metavar="N", help="clips (default: the config's, or 1)")
     parser.flag("--num_frames", type=int, default=16, metavar="N", help="of each clip (default 16)")
     parser.flag("--size", type=int, default=256, metavar="N", help="height and width in pixels (default 256)")
