@@ -25,9 +25,9 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every weight anew, those that start at zero or one too, so that every layer counts."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         if parameter.dim() > 1:
             noise = noise / parameter[0].numel() ** 0.5
         else:

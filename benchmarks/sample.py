@@ -141,6 +141,7 @@ def command(arguments: Sequence[str]) -> None:
         parser.flag(f"--{name}", type=int, metavar="N", help="of each clip (default: the model's)")
     parser.flag("--dtype", choices=tuple(DTYPES), default="fp32", help="of UNet and VAE (default fp32)")
     parser.flag("--device", metavar="D", help="cuda or cpu; a GPU by default where there is one")
+    parser.flag("--only", choices=tuple(PARTS), help="measure this alone")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_intermixed_args(arguments)
     if options.overrides and options.config is None:
@@ -181,7 +182,8 @@ def command(arguments: Sequence[str]) -> None:
         if options.rival is not None:
             facts["apart"] = apart(calls["to frames"])
         print(json.dumps(facts, indent=1))
-        rows = measure(calls, options.batch_size, device)
+        chosen_calls = {part: calls[part] for part in calls if options.only in (None, part)}
+        rows = measure(chosen_calls, options.batch_size, device)
     for line in table(rows):
         print(line)
     if options.json:

@@ -137,22 +137,28 @@ def measure(contenders: Sequence[Contender], task: Task, config: Config, device:
     return rows
 
 
-def compared(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> list[Row]:
-    """All in turn on a CPU; on a GPU, whose memory has no room for all, one after the other. The first is ours."""
+def compared(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> Iterator[list[Row]]:
+    """The rows so far: of all in turn on a CPU; on a GPU, whose memory has no room for all, of one after the other. The
+    first is ours."""
     if device.type == "cpu":
-        rows = measure(contenders, task, config, device)
-    else:
-        rows = []
-        for one in contenders:
-            one.module.to(device)
-            try:
-                rows += measure([one], task, config, device)
-            except torch.OutOfMemoryError:
-                print(f"{one.name} does not fit into the GPU's memory")
-            one.module.zero_grad(set_to_none=True)
-            one.module.to("cpu")
-            torch.cuda.empty_cache()
-    ours_ms = {row.which: row.ms for row in rows if row.name == contenders[0].name}
+        yield related(measure(contenders, task, config, device))
+        return
+    rows: list[Row] = []
+    for one in contenders:
+        one.module.to(device)
+        try:
+            rows += measure([one], task, config, device)
+        except torch.OutOfMemoryError:
+            print(f"{one.name} does not fit into the GPU's memory")
+        one.module.zero_grad(set_to_none=True)
+        one.module.to("cpu")
+        torch.cuda.empty_cache()
+        yield related(rows)
+
+
+def related(rows: list[Row]) -> list[Row]:
+    """The same, each row with how often as fast ours is."""
+    ours_ms = {row.which: row.ms for row in rows if row.name == "vdm"}
     for row in rows:
         row.ours_is_faster = row.ms / ours_ms[row.which] if row.which in ours_ms else None
     return rows
@@ -187,7 +193,6 @@ def contenders_of(config: Config, device: torch.device, rival: str | None) -> li
     training, on_gpu = config.training, device.type == "cuda"
     autocast = None if training.mixed_precision == "no" else AUTOCAST[training.mixed_precision]
     how = training.gradient_checkpointing if isinstance(training.gradient_checkpointing, str) else "none"
-    device = torch.device("cpu") if device.type == "cuda" else device  # each comes to a GPU when it is its turn
     found = [ours(config.model, device, autocast=autocast, recompute=how, compiled=training.compile)]
     if rival is None:
         return found
@@ -198,6 +203,8 @@ def contenders_of(config: Config, device: torch.device, rival: str | None) -> li
         same_weights(found[0], found[1])
     if rival != EAGER and on_gpu:
         found.append(diffusers_tuned(config.model, device))
+    for one in found:
+        one.module.to("cpu")  # each comes to a GPU when it is its turn
     return found
 
 
@@ -229,14 +236,15 @@ def command(arguments: Sequence[str]) -> None:
         outputs = [unet(*task.inputs(unet, device)).detach() for unet in contenders[:2]]
         facts["apart"] = relative(*outputs)
     print(json.dumps(facts, indent=1))
-    rows = compared(contenders, task, config, device)
+    rows: list[Row] = []
+    for rows in compared(contenders, task, config, device):
+        if options.json:  # compiling the next may take longer than there is time
+            write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})
     for line in table(rows):
         print(line)
     if options.profile:
         contenders[0].module.to(device)
         profile(contenders[0], task, device, options.profile)
-    if options.json:
-        write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

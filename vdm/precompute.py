@@ -32,6 +32,7 @@ from vdm.weights import SUFFIX
 
 SHARD_BYTES, MOST_CLIPS = 128 << 20, 256  # of a shard, at most: what is lost when it is killed
 TEXTS_AT_ONCE = 64
+PIXELS_AT_ONCE = 2**21  # of frames that a GPU encodes at a time: many small clips, or one large one
 
 
 def write_cache(config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -145,16 +146,21 @@ class Writer:
     def _write_clips(self, split: Split, number: int, bar: tqdm[Any]) -> None:
         span = self.cache.plan.span(split, number)
         entries: dict[int, Entry] = {}
+        waiting: dict[str, Frames] = {}
         latents: dict[str, Tensor] = {}
         for index, looks in self._read(split, span):
             entries[index] = looks.entry
             mirrors = self.clips[split].wordings(looks.entry.words)[1]
             for crop, frames in enumerate(looks.frames):
-                latents[look_name(index, crop, False)] = self._moments(frames)
+                waiting[look_name(index, crop, False)] = frames
                 if mirrors:
-                    flip(frames)
-                    latents[look_name(index, crop, True)] = self._moments(frames)
+                    waiting[look_name(index, crop, True)] = mirrored = frames.copy()
+                    flip(mirrored)
+            if self.device.type == "cpu" or sum(frames[..., 0].size for frames in waiting.values()) >= PIXELS_AT_ONCE:
+                latents |= self._moments(waiting)
+                waiting = {}
             bar.update()
+        latents |= self._moments(waiting)
         in_order = [entries[index] for index in span]
         self._note(split, in_order)
         with self._on_disk():
@@ -180,10 +186,17 @@ class Writer:
         self.bad[split].note([(entry.id, entry.problem) for entry in entries if entry.problem])
 
     @torch.no_grad()
-    def _moments(self, frames: Frames) -> Tensor:
-        video = to_float(to_video(frames)[None].to(self.device))
-        with self._autocast():
-            return self.vae.encode(video).moments[0].to(self.dtype).cpu()
+    def _moments(self, looks: Mapping[str, Frames]) -> dict[str, Tensor]:
+        """Of looks of one size, by name: together on a GPU, one by one on a CPU, which gains nothing by more."""
+        names = list(looks)
+        at_once = 1 if self.device.type == "cpu" else max(1, len(names))
+        found: dict[str, Tensor] = {}
+        for some in (names[i : i + at_once] for i in range(0, len(names), at_once)):
+            video = to_float(torch.stack([to_video(looks[name]) for name in some]).to(self.device))
+            with self._autocast():
+                moments = self.vae.encode(video).moments.to(self.dtype).cpu()
+            found |= {name: one.clone() for name, one in zip(some, moments, strict=True)}
+        return found
 
     @torch.no_grad()
     def _contexts(self, texts: Sequence[str]) -> Tensor:

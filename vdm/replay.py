@@ -1,11 +1,11 @@
-"""A CUDA graph of a network: its thousands of kernels are launched by one call, for which small batches wait."""
+"""CUDA graphs of networks: one call launches thousands of kernels, for which small batches and models wait."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdm.errors import UserError
 
@@ -46,3 +46,37 @@ class Replayed:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.result = self.call(*self.places)
+
+
+def replay_in_training(module: nn.Module) -> None:
+    """From its first call with gradients on, a module on a GPU replays that call's kernels, and those of its backward
+    pass, for all tensors of the same shapes; its weights may change in place. Other calls are made as ever.
+
+    Gradients lie where the next replay writes: they must be used before, and not added up.
+    """
+    plain = module.forward
+    recorded: tuple[object, ...] | None = None
+
+    def forward(*tensors: Tensor) -> Tensor:
+        nonlocal recorded
+        if not (module.training and torch.is_grad_enabled()):
+            return plain(*tensors)
+        signature = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
+        if recorded is None:
+            recorded = signature
+            module.forward = plain
+            _record_training(module, tensors)
+            forward.replay, module.forward = module.forward, forward  # type: ignore[attr-defined]
+        replay: Callable[..., Tensor] = forward.replay if signature == recorded else plain  # type: ignore[attr-defined]
+        return replay(*tensors)
+
+    module.forward = forward
+
+
+def _record_training(module: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+    """Give a module the forward that replays, as PyTorch makes it of tensors like these."""
+    likes = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors)
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    # Weights are cast within the graph, at each replay, and not once before it.
+    with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+        torch.cuda.make_graphed_callables(module, likes, allow_unused_input=True)

@@ -15,10 +15,12 @@ class Colour:
 
 @dataclass(frozen=True)
 class Action:
-    """One of the sixteen things that happen; `template` is SSv2's own wording, with a slot for each object."""
+    """One of the sixteen things that happen; `template` is SSv2's own wording, with a slot for each object, and
+    `others` say the same in other words."""
 
     name: str
     template: str
+    others: tuple[str, ...] = ()
 
     @property
     def num_slots(self) -> int:
@@ -56,22 +58,129 @@ SHAPES_WITH_A_TOP: tuple[str, ...] = ("cup", "bottle")  # what can be turned ups
 COVER = "a white cloth"
 
 ACTIONS: tuple[Action, ...] = (
-    Action("push_left_to_right", "Pushing [something] from left to right"),
-    Action("push_right_to_left", "Pushing [something] from right to left"),
-    Action("pull_left_to_right", "Pulling [something] from left to right"),
-    Action("pull_right_to_left", "Pulling [something] from right to left"),
-    Action("pick_up", "Picking [something] up"),
-    Action("move_down", "Moving [something] down"),
-    Action("put_on_surface", "Putting [something] on a surface"),
-    Action("move_towards_camera", "Moving [something] towards the camera"),
-    Action("move_away_from_camera", "Moving [something] away from the camera"),
-    Action("turn_upside_down", "Turning [something] upside down"),
-    Action("push_off_table", "Pushing [something] so that it falls off the table"),
-    Action("cover", "Covering [something] with [something]"),
-    Action("move_closer", "Moving [something] and [something] closer to each other"),
-    Action("move_apart", "Moving [something] and [something] away from each other"),
-    Action("throw_and_catch", "Throwing [something] in the air and catching it"),
-    Action("hold", "Holding [something]"),
+    Action("push_left_to_right", "Pushing [something] from left to right", ("Pushing [something] to the right",)),
+    Action("push_right_to_left", "Pushing [something] from right to left", ("Pushing [something] to the left",)),
+    Action(
+        "pull_left_to_right",
+        "Pulling [something] from left to right",
+        (
+            "Pulling [something] to the right",
+            "Dragging [something] to the right",
+            "Dragging [something] from left to right",
+        ),
+    ),
+    Action(
+        "pull_right_to_left",
+        "Pulling [something] from right to left",
+        (
+            "Pulling [something] to the left",
+            "Dragging [something] to the left",
+            "Dragging [something] from right to left",
+        ),
+    ),
+    Action(
+        "pick_up",
+        "Picking [something] up",
+        (
+            "Picking up [something]",
+            "Lifting [something] up",
+            "Lifting [something]",
+            "Raising [something]",
+        ),
+    ),
+    Action(
+        "move_down",
+        "Moving [something] down",
+        (
+            "Lowering [something]",
+            "Moving [something] downwards",
+        ),
+    ),
+    Action(
+        "put_on_surface",
+        "Putting [something] on a surface",
+        (
+            "Putting [something] down",
+            "Putting [something] on the table",
+            "Placing [something] on a surface",
+            "Placing [something] on the table",
+        ),
+    ),
+    Action(
+        "move_towards_camera",
+        "Moving [something] towards the camera",
+        (
+            "Moving [something] towards me",
+            "Bringing [something] towards the camera",
+            "Bringing [something] closer to the camera",
+        ),
+    ),
+    Action(
+        "move_away_from_camera",
+        "Moving [something] away from the camera",
+        (
+            "Moving [something] away from me",
+            "Taking [something] away from the camera",
+            "Moving [something] farther from the camera",
+        ),
+    ),
+    Action(
+        "turn_upside_down",
+        "Turning [something] upside down",
+        (
+            "Turning [something] over",
+            "Flipping [something] upside down",
+            "Flipping [something] over",
+        ),
+    ),
+    Action(
+        "push_off_table",
+        "Pushing [something] so that it falls off the table",
+        (
+            "Pushing [something] off the table",
+            "Knocking [something] off the table",
+        ),
+    ),
+    Action(
+        "cover",
+        "Covering [something] with [something]",
+        (
+            "Hiding [something] under [something]",
+            "Covering up [something] with [something]",
+        ),
+    ),
+    Action(
+        "move_closer",
+        "Moving [something] and [something] closer to each other",
+        (
+            "Moving [something] and [something] together",
+            "Bringing [something] and [something] together",
+        ),
+    ),
+    Action(
+        "move_apart",
+        "Moving [something] and [something] away from each other",
+        (
+            "Moving [something] and [something] apart",
+            "Separating [something] and [something]",
+        ),
+    ),
+    Action(
+        "throw_and_catch",
+        "Throwing [something] in the air and catching it",
+        (
+            "Throwing [something] up and catching it",
+            "Tossing [something] in the air and catching it",
+        ),
+    ),
+    Action(
+        "hold",
+        "Holding [something]",
+        (
+            "Holding [something] in the hand",
+            "Holding [something] still",
+        ),
+    ),
 )
 
 # What a clip of an action shows when left and right are exchanged; of all others, the same action.

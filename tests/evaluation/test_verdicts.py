@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vdm.data.captions import caption
 from vdm.data.mini_something import render_clip
-from vdm.data.phrasing import NUM_FORMS, rephrased
+from vdm.data.phrasing import num_forms, rephrased
 from vdm.evaluation import verdicts
 from vdm.evaluation.extract import Side
 from vdm.evaluation.matching import r_precision, r_precision_rank, template_of
@@ -36,7 +36,7 @@ def test_a_prompt_is_understood_in_every_wording(action, data: st.DataObject) ->
     things += [COVER] if action.name == "cover" else []
     wordings = [
         caption(action.template, things),
-        *(rephrased(action.template, things, form=f) for f in range(NUM_FORMS)),
+        *(rephrased(action.template, things, form=f) for f in range(num_forms(action.template))),
     ]
     for words in (*wordings, f"  {wordings[0].capitalize()}. "):
         found = asked(words)

@@ -27,3 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent and item.path.stem not in ("test_interpreter", "test_offline"):
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU convolutions in float32 are otherwise in TF32, and differ with how their tensors lie in memory."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

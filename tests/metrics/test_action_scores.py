@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vdm.data.captions import caption
-from vdm.data.phrasing import NUM_FORMS, rephrased
+from vdm.data.phrasing import num_forms, rephrased
 from vdm.errors import UserError
 from vdm.metrics.action_scores import NOTHING, Marks, Prompt, Share, mark, read_prompt, score
 from vdm.metrics.actions import Verdict
@@ -27,7 +27,11 @@ def test_every_wording_of_every_caption(action: Action) -> None:
     fillers = ["a red ball", COVER if action.name == "cover" else "a blue cup"][: action.num_slots]
     bare = [words.removeprefix("a ") for words in fillers]
     texts = [caption(action.template, fillers), action.template.replace("[something]", "the red ball")]
-    texts += [rephrased(action.template, words, form=form) for words in (fillers, bare) for form in range(NUM_FORMS)]
+    texts += [
+        rephrased(action.template, words, form=form)
+        for words in (fillers, bare)
+        for form in range(num_forms(action.template))
+    ]
     for text in texts:
         prompt = read_prompt(text)
         assert prompt.action == action.name, text

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from vdm.data.captions import without_brackets
 from vdm.data.find import find_clips
 from vdm.data.mirror import mirrored
-from vdm.data.phrasing import NUM_FORMS, rephrased
+from vdm.data.phrasing import num_forms, rephrased
 from vdm.data.quarantine import Bad, first_of, refuse_bad_share
 from vdm.data.settings import DataConfig
 from vdm.data.sources import Cut, FileSource, RenderedSource, Source, Words
@@ -174,7 +174,7 @@ class ClipDataset(Dataset[Sample]):
         kind, form = np.random.default_rng([self.seed, position, WORDING]).random(2)
         caption = words.caption
         if words.template and kind < config.natural_captions:
-            caption = rephrased(words.template, words.placeholders, form=int(form * NUM_FORMS))
+            caption = rephrased(words.template, words.placeholders, form=int(form * num_forms(words.template)))
         elif words.template and kind < config.natural_captions + config.template_captions:
             caption = without_brackets(words.template).lower()
         if np.random.default_rng([self.seed, position, MIRROR]).random() >= config.horizontal_flip:
@@ -186,7 +186,8 @@ class ClipDataset(Dataset[Sample]):
         """All that can be said of a training clip under this config, and whether it can be of its mirror image."""
         config, said = self.config, {words.caption}
         if words.template and config.natural_captions:
-            said |= {rephrased(words.template, words.placeholders, form=form) for form in range(NUM_FORMS)}
+            forms = range(num_forms(words.template))
+            said |= {rephrased(words.template, words.placeholders, form=form) for form in forms}
         if words.template and config.template_captions:
             said.add(without_brackets(words.template).lower())
         if self.split == "validation" or not config.horizontal_flip:

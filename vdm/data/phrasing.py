@@ -10,18 +10,21 @@ import re
 from collections.abc import Sequence
 
 from vdm.data.captions import SLOT, caption
+from vdm.vocabulary import ACTIONS
 
-NUM_FORMS = 4
+NUM_FORMS = 4  # of one wording
+_OTHERS = {action.template: action.others for action in ACTIONS}
 
 # The verbs that templates begin with, and those that they join by "and", "but", "or", "then" or in parentheses.
 _GERUNDS = """
-    approaching:approach attaching:attach bending:bend burying:bury catching:catch closing:close covering:cover
-    digging:dig dropping:drop failing:fail folding:fold hitting:hit holding:hold laying:lay letting:let lifting:lift
-    missing:miss moving:move opening:open picking:pick piling:pile plugging:plug poking:poke pouring:pour
-    pretending:pretend pulling:pull pushing:push putting:put removing:remove rolling:roll scooping:scoop showing:show
-    spilling:spill spinning:spin spreading:spread sprinkling:sprinkle squeezing:squeeze stacking:stack stuffing:stuff
-    taking:take tearing:tear throwing:throw tilting:tilt tipping:tip touching:touch trying:try turning:turn
-    twisting:twist uncovering:uncover unfolding:unfold wiping:wipe wringing:wring
+    approaching:approach attaching:attach bending:bend bringing:bring burying:bury catching:catch closing:close
+    covering:cover digging:dig dragging:drag dropping:drop failing:fail flipping:flip folding:fold hiding:hide
+    hitting:hit holding:hold knocking:knock laying:lay letting:let lifting:lift lowering:lower missing:miss moving:move
+    opening:open picking:pick piling:pile placing:place plugging:plug poking:poke pouring:pour pretending:pretend
+    pulling:pull pushing:push putting:put raising:raise removing:remove rolling:roll scooping:scoop separating:separate
+    showing:show spilling:spill spinning:spin spreading:spread sprinkling:sprinkle squeezing:squeeze stacking:stack
+    stuffing:stuff taking:take tearing:tear throwing:throw tilting:tilt tipping:tip tossing:toss touching:touch
+    trying:try turning:turn twisting:twist uncovering:uncover unfolding:unfold wiping:wipe wringing:wring
 """
 _BASES: dict[str, str] = dict(pair.split(":") for pair in _GERUNDS.split())
 _VERB = re.compile(r"(^|\b(?:and|but|or|then) |\()([a-z]+ing)\b")
@@ -40,13 +43,20 @@ _SUBSTANCES = """
 _UNCOUNTED = frozenset(_SUBSTANCES.split())
 
 
+def num_forms(template: str) -> int:
+    """How many ways there are to say it: NUM_FORMS of the template, then as many of each other wording."""
+    return NUM_FORMS * (1 + len(_OTHERS.get(template, ())))
+
+
 def rephrased(template: str, placeholders: Sequence[str], *, form: int) -> str:
-    """The caption in natural words, lower case. `form` in [0, NUM_FORMS): "a person pushes ...", "push ...", "someone
-    is pushing ...", "pushing ...", each with articles.
+    """The caption in natural words, lower case. `form` in [0, num_forms(template)): "a person pushes ...", "push ...",
+    "someone is pushing ...", "pushing ...", each with articles; then the same of other wordings.
 
     Raises UserError where placeholders and slots do not match.
     """
     caption(template, placeholders)  # the same check
+    wording, form = divmod(form, NUM_FORMS)
+    template = (template, *_OTHERS.get(template, ()))[wording]
     bare = SLOT.sub(lambda slot: slot[0].lower(), template[0].lower() + template[1:])
     sentence = _with_its_subject(bare, form) if bare.startswith("[") else _with_a_person(bare, form)
     fillers = iter(placeholders)

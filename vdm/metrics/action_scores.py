@@ -78,7 +78,7 @@ class Scores:
 
 def read_prompt(text: str) -> Prompt:
     """Understand a caption. Raises UserError where it names none of the sixteen actions."""
-    for action, pattern in _PATTERNS.items():
+    for action, pattern in _PATTERNS:
         found = pattern.search(text.lower())
         if found:
             things = found.groups()[:1] if action == "cover" else found.groups()  # not the cloth
@@ -154,4 +154,4 @@ def _any_form(verb: re.Match[str]) -> str:
     return rf"{stem}{last}?\w*" if stem.endswith(last) else rf"{stem}{last}\w*"
 
 
-_PATTERNS = {action.name: _pattern(action.template) for action in ACTIONS}
+_PATTERNS = [(action.name, _pattern(words)) for action in ACTIONS for words in (action.template, *action.others)]

@@ -59,31 +59,47 @@ class Muon(torch.optim.Optimizer):
         return None
 
     def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        if not parameters:
+            return
         alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-        momentum = group["betas"][0]
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            gradient = p.grad
-            assert gradient is not None
-            state["momentum"].lerp_(gradient, 1.0 - momentum)
-            update = gradient.lerp(state["momentum"], momentum).flatten(1)
+        momentum, gradients = group["betas"][0], _gradients(parameters)
+        momenta = [self._state(p, "momentum")["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)
+        for p, update in zip(parameters, torch._foreach_lerp(gradients, momenta, momentum), strict=True):
+            update = update.flatten(1)
             alike[update.shape[0], update.shape[1]].append((p, update))
         for shape, pairs in alike.items():
             scale = ADAMW_RMS * max(shape) ** 0.5
-            for (p, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs])), strict=True):
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            moved = [update.reshape(p.shape) for (p, _), update in zip(pairs, updates, strict=True)]
+            torch._foreach_add_([p for p, _ in pairs], moved, alpha=-group["lr"] * scale)
 
     def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        if not parameters:
+            return
         beta1, beta2 = group["betas"]
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            state["step"] += 1
-            state["exp_avg"].lerp_(p.grad, 1.0 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-            count = float(state["step"])
-            deviation = (state["exp_avg_sq"] / (1.0 - beta2**count)).sqrt_().add_(group["eps"])
-            p.addcdiv_(state["exp_avg"], deviation, value=-group["lr"] / (1.0 - beta1**count))
+        gradients, states = _gradients(parameters), [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
+        for state in states:
+            state["step"] = state.get("step", torch.zeros(())) + 1
+        counts = [float(state["step"]) for state in states]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1.0 - beta2)
+        deviations = torch._foreach_div(squares, [1.0 - beta2**count for count in counts])
+        torch._foreach_sqrt_(deviations)
+        torch._foreach_add_(deviations, group["eps"])
+        rates = [-group["lr"] / (1.0 - beta1**count) for count in counts]
+        torch._foreach_addcdiv_(list[Tensor](parameters), means, deviations, rates)
+
+    def _state(self, p: nn.Parameter, *moments: str) -> dict[str, Tensor]:
+        """What is kept of a parameter; its moments begin at zero."""
+        state = self.state[p]
+        for name in moments:
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+        return state
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vdm import dist
 from vdm.data.loader import Batch
 from vdm.errors import UserError
+from vdm.replay import replay_in_training
 from vdm.training.recompute import blocks, recomputed
 from vdm.training.settings import AUTOCAST, Recompute, TrainingConfig
 
@@ -123,6 +124,8 @@ def parallelize(
         checkpoint_activations(module, how=settings.gradient_checkpointing)
         if settings.compile:
             compile_blocks(module)
+        if settings.cuda_graph:
+            replay_in_training(module)
     if settings.parallel == "fsdp" and dist.size() > 1:
         return Shards(modules, losses, settings)
     return Replicas(modules, losses)
@@ -147,6 +150,9 @@ def require_possible(settings: TrainingConfig, *, there: int, num_clips: int) ->
             f"there are {num_clips} training clips for {there} processes; start at most as many processes as clips, "
             "or give more clips"
         )
+    if settings.cuda_graph and (there > 1 or not torch.cuda.is_available()):
+        where = f"{there} processes" if there > 1 else "without a GPU"
+        raise UserError(f"training.cuda_graph is for one process on a GPU, and this is {where}; leave it out")
     if there > 1 and settings.optimizer_in_backward:
         raise UserError(
             "training.optimizer_in_backward moves weights before processes could exchange gradients; leave it out"

@@ -57,6 +57,7 @@ class TrainingConfig:
     optimizer_in_backward: bool = False  # update each weight as soon as its gradient is there, which is then freed
     ema_offload: bool = False  # keep averaged weights in the memory of the CPU
     compile: bool = False  # torch.compile each block of the trained parts, for each length of clips
+    cuda_graph: bool = False  # on a GPU, task "unet": replay the UNet's kernels, which pays where they are small
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: copies of the model, or shards of it
     lora_rank: int | None = None  # train a low-rank change of the UNet's attention in place of its weights
     lora_alpha: float | None = None  # its strength is alpha / rank; null is the rank
@@ -116,6 +117,7 @@ class TrainingConfig:
             object.__setattr__(self, "gradient_checkpointing", "block" if self.gradient_checkpointing else "none")
         self._check_effective_batch_size()
         self._check_memory()
+        self._check_cuda_graph()
         self._check_lora()
 
     def _require(
@@ -181,6 +183,21 @@ class TrainingConfig:
                 "training.optimizer_in_backward moves weights before processes could exchange gradients; leave it out, "
                 f"or set training.num_gpus=1, not {self.num_gpus}"
             )
+
+    def _check_cuda_graph(self) -> None:
+        """What is replayed is one UNet's kernels, whose gradients lie where the next replay writes."""
+        if not self.cuda_graph:
+            return
+        for name, only in (
+            ("task", "unet"),
+            ("gradient_accumulation_steps", 1),
+            ("gradient_checkpointing", "none"),
+            ("optimizer_in_backward", False),
+        ):
+            if getattr(self, name) != only:
+                raise UserError(
+                    f"training.cuda_graph does without training.{name}={getattr(self, name)}; leave out one of the two"
+                )
 
     def _check_lora(self) -> None:
         """A LoRA is of something, and what is said of one is said where there is one."""
