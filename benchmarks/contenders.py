@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.oracles import randomise, take, their_unet
 from vdm.interop.names import unet_links
 from vdm.models import UNet3D, UNetConfig
+from vdm.replay import Replayed, replay_in_training
 from vdm.training.parallel import checkpoint_activations, compile_blocks
 from vdm.training.settings import Recompute
 
@@ -47,6 +48,19 @@ def ours(
     return Contender("vdm", unet, unet, autocast)
 
 
+def replayed(config: UNetConfig, device: torch.device, *, autocast: torch.dtype | None) -> Contender:
+    """Ours by CUDA graphs, in training and without gradients."""
+    unet = ours(config, device, autocast=autocast, recompute="none", compiled=False).module
+    replay_in_training(unet)
+    still = Replayed(unet, device)
+
+    def run(*given: Tensor) -> Tensor:
+        out: Tensor = unet(*given) if torch.is_grad_enabled() else still(*given)
+        return out
+
+    return Contender("vdm, replayed", unet, run, autocast)
+
+
 def diffusers_as_it_is(config: UNetConfig, device: torch.device, *, autocast: torch.dtype | None) -> Contender:
     """Eager; with autocast where ours has it. It has no gradient checkpointing."""
     with device:
@@ -57,8 +71,16 @@ def diffusers_as_it_is(config: UNetConfig, device: torch.device, *, autocast: to
 def diffusers_tuned(config: UNetConfig, device: torch.device) -> Contender:
     """bf16 weights, channels_last, compiled."""
     with device:
-        unet = their_unet(config).to(torch.bfloat16).to(memory_format=torch.channels_last)
+        unet = channels_last(their_unet(config).to(torch.bfloat16))
     return Contender("diffusers tuned", unet, _called(torch.compile(unet, dynamic=False)), torch.bfloat16)
+
+
+def channels_last(unet: nn.Module) -> nn.Module:
+    """The weights of its convolutions over frames' pixels; `.to(memory_format=...)` fails at those over time."""
+    for weight in unet.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+    return unet
 
 
 def _called(unet: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

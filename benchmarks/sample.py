@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.common import environment, versions, write_json
-from benchmarks.contenders import EAGER, RIVALS, TUNED
+from benchmarks.contenders import EAGER, RIVALS, TUNED, channels_last
 from benchmarks.timing import clocks, interleaved, launches_and_peak
 from vdm.cli import Parser, run
 from vdm.components import Components
@@ -69,7 +69,7 @@ def rival_of(pipe: TextToVideo, folder: Path) -> Any:
 
 def compiled(pipe: Any) -> Any:
     """The same pipeline with a UNet of its own, tuned as diffusers' users tune it."""
-    unet = copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last)
+    unet = channels_last(copy.deepcopy(pipe.unet))
     parts = {**pipe.components, "unet": torch.compile(unet, mode="reduce-overhead", dynamic=False)}
     other = type(pipe)(**parts)
     other.set_progress_bar_config(disable=True)

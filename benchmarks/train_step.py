@@ -31,6 +31,7 @@ from benchmarks.contenders import (
     diffusers_as_it_is,
     diffusers_tuned,
     ours,
+    replayed,
     same_weights,
 )
 from benchmarks.oracles import fitting, relative
@@ -113,13 +114,15 @@ def passes_of(unet: Contender, task: Task, device: torch.device) -> dict[str, Ca
     return dict(zip(PASSES, (forward, backward, step), strict=True))
 
 
-def measure(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> list[Row]:
+def measure(
+    contenders: Sequence[Contender], task: Task, config: Config, device: torch.device, passes: Sequence[str]
+) -> list[Row]:
     """Rows of all, pass by pass, in turn."""
     flops, rows, precision = task.flops(config), [], config.training.mixed_precision
     peak = peak_tflops(torch.cuda.get_device_name(device), mixed_precision=precision) if device.type == "cuda" else None
     calls = {one.name: passes_of(one, task, device) for one in contenders}
-    for which in PASSES:
-        mine = {name: passes[which] for name, passes in calls.items()}
+    for which in passes:
+        mine = {name: several[which] for name, several in calls.items()}
         facts = {}
         for name, call in mine.items():
             call(0)
@@ -137,17 +140,19 @@ def measure(contenders: Sequence[Contender], task: Task, config: Config, device:
     return rows
 
 
-def compared(contenders: Sequence[Contender], task: Task, config: Config, device: torch.device) -> Iterator[list[Row]]:
+def compared(
+    contenders: Sequence[Contender], task: Task, config: Config, device: torch.device, passes: Sequence[str]
+) -> Iterator[list[Row]]:
     """The rows so far: of all in turn on a CPU; on a GPU, whose memory has no room for all, of one after the other. The
     first is ours."""
     if device.type == "cpu":
-        yield related(measure(contenders, task, config, device))
+        yield related(measure(contenders, task, config, device, passes))
         return
     rows: list[Row] = []
     for one in contenders:
         one.module.to(device)
         try:
-            rows += measure([one], task, config, device)
+            rows += measure([one], task, config, device, passes)
         except torch.OutOfMemoryError:
             print(f"{one.name} does not fit into the GPU's memory")
         one.module.zero_grad(set_to_none=True)
@@ -194,17 +199,24 @@ def contenders_of(config: Config, device: torch.device, rival: str | None) -> li
     autocast = None if training.mixed_precision == "no" else AUTOCAST[training.mixed_precision]
     how = training.gradient_checkpointing if isinstance(training.gradient_checkpointing, str) else "none"
     found = [ours(config.model, device, autocast=autocast, recompute=how, compiled=training.compile)]
-    if rival is None:
-        return found
-    if find_spec("diffusers") is None:
-        raise UserError(f"--rival {rival} needs diffusers; run: pip install -e '.[parity]'")
-    if rival != TUNED:
-        found.append(diffusers_as_it_is(config.model, device, autocast=autocast))
-        same_weights(found[0], found[1])
-    if rival != EAGER and on_gpu:
-        found.append(diffusers_tuned(config.model, device))
+    if on_gpu and how == "none" and not training.compile:
+        found.append(replayed(config.model, device, autocast=autocast))
+    if rival is not None:
+        found += rivals(found[0], config, device, rival)
     for one in found:
         one.module.to("cpu")  # each comes to a GPU when it is its turn
+    return found
+
+
+def rivals(mine: Contender, config: Config, device: torch.device, rival: str) -> list[Contender]:
+    if find_spec("diffusers") is None:
+        raise UserError(f"--rival {rival} needs diffusers; run: pip install -e '.[parity]'")
+    found = []
+    if rival != TUNED:
+        found.append(diffusers_as_it_is(config.model, device, autocast=mine.autocast))
+        same_weights(mine, found[0])
+    if rival != EAGER and device.type == "cuda":
+        found.append(diffusers_tuned(config.model, device))
     return found
 
 
@@ -213,6 +225,7 @@ def command(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the config's")
     parser.flag("--config", type=Path, metavar="FILE", help="a YAML file; without it a small UNet, in float32")
     parser.flag("--rival", choices=RIVALS, help="beside whom; diffusers is both, tuned on a GPU alone")
+    parser.flag("--only", choices=PASSES, help="measure this pass alone")
     parser.flag("--batch_size", type=int, metavar="N", help="clips (default: the config's, or 1)")
     parser.flag("--num_frames", type=int, default=16, metavar="N", help="of each clip (default 16)")
     parser.flag("--size", type=int, default=256, metavar="N", help="height and width in pixels (default 256)")
@@ -237,7 +250,7 @@ def command(arguments: Sequence[str]) -> None:
         facts["apart"] = relative(*outputs)
     print(json.dumps(facts, indent=1))
     rows: list[Row] = []
-    for rows in compared(contenders, task, config, device):
+    for rows in compared(contenders, task, config, device, [options.only] if options.only else PASSES):
         if options.json:  # compiling the next may take longer than there is time
             write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})
     for line in table(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vdm.errors import UserError
-from vdm.replay import Replayed
+from vdm.models import UNet3D, UNetConfig
+from vdm.replay import Replayed, replay_in_training
 
 
 def test_without_a_gpu_there_is_nothing_to_replay() -> None:
@@ -47,3 +49,43 @@ def test_a_model_samples_the_same_by_its_graph() -> None:
         pipe.config = replace(pipe.config, sampling=replace(pipe.config.sampling, cuda_graph=graph))
         clips.append(pipe("holding a red ball", num_inference_steps=4, generator=generator, output_type="pt").frames)
     torch.testing.assert_close(*clips, atol=1e-3, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_by_a_graph_are_those_of_the_calls(autocast: bool) -> None:
+    """In training, of weights that move in between; other shapes and evaluation go by the plain call."""
+    torch.manual_seed(0)
+    config = UNetConfig(
+        unet_dim=32, channel_mult=(1, 2), attention_levels=(False, True), attention_head_dim=16, context_dim=16
+    )
+    plain = UNet3D(config).cuda().train()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    graphed = copy.deepcopy(plain)
+    replay_in_training(graphed)
+
+    def gradients(unet: UNet3D, clips: int, seed: int) -> list[Tensor]:
+        draw = torch.Generator("cuda").manual_seed(seed)
+        x = torch.randn(clips, 4, 3, 8, 8, device="cuda", generator=draw)
+        context = torch.randn(clips, 5, 16, device="cuda", generator=draw).requires_grad_()
+        t = torch.randint(1000, (clips,), device="cuda", generator=draw)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            loss = unet(x, t, context).float().square().mean()
+        unet.zero_grad(set_to_none=True)
+        loss.backward()
+        assert context.grad is not None
+        return [loss.detach().clone(), context.grad, *(p.grad.clone() for p in unet.parameters() if p.grad is not None)]
+
+    for seed, clips in enumerate((2, 2, 1, 2)):
+        pairs = zip(gradients(graphed, clips, seed), gradients(plain, clips, seed), strict=True)
+        worst = max(float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in pairs)
+        assert worst < (0.05 if autocast else 0.01), (seed, worst)
+        with torch.no_grad():
+            for unet in (graphed, plain):
+                for p in unet.parameters():
+                    p.mul_(0.95)
+    x, t, context = torch.randn(2, 4, 3, 8, 8).cuda(), torch.zeros(2).cuda(), torch.randn(2, 5, 16).cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(graphed.eval()(x, t, context), plain.eval()(x, t, context), atol=1e-3, rtol=1e-3)

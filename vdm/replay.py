@@ -44,7 +44,7 @@ class Replayed:
             self.call(*self.places)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with _casts_recorded(), torch.cuda.graph(self.graph):
             self.result = self.call(*self.places)
 
 
@@ -76,7 +76,11 @@ def replay_in_training(module: nn.Module) -> None:
 def _record_training(module: nn.Module, tensors: tuple[Tensor, ...]) -> None:
     """Give a module the forward that replays, as PyTorch makes it of tensors like these."""
     likes = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors)
-    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    # Weights are cast within the graph, at each replay, and not once before it.
-    with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+    with _casts_recorded():
         torch.cuda.make_graphed_callables(module, likes, allow_unused_input=True)
+
+
+def _casts_recorded() -> torch.autocast:
+    """The autocast of now, in which weights are cast within a graph, at each replay, and not once before it."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -120,11 +120,11 @@ def parallelize(
 ) -> Replicas | Shards:
     """Apply what the settings say to the modules that learn, and to those that gradients pass through; `losses`
     computes a task's losses with them."""
-    for module in passed.values():
+    for part, module in passed.items():
         checkpoint_activations(module, how=settings.gradient_checkpointing)
         if settings.compile:
             compile_blocks(module)
-        if settings.cuda_graph:
+        if settings.cuda_graph and part == "unet":
             replay_in_training(module)
     if settings.parallel == "fsdp" and dist.size() > 1:
         return Shards(modules, losses, settings)
