@@ -346,6 +346,7 @@ ELSEWHERE = {
     "training.optimizer_in_backward": "training/test_low_memory.py",
     "training.ema_offload": "training/test_low_memory.py",
     "training.compile": "training/test_parallel.py",
+    "training.cuda_graph": "test_replay.py",
     "training.parallel": "integration/test_distributed.py",
     "training.lora_rank": "training/test_low_rank.py",
     "training.lora_alpha": "training/test_low_rank.py",
