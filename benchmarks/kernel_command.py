@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import environment, versions, write_json
-from benchmarks.rows import Row, table
+from benchmarks.rows import Row, summary, table
 from benchmarks.timing import clocks, copy_bandwidth
 from vdm.cli import Parser
 from vdm.generate import pick_device
@@ -57,6 +57,8 @@ def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, 
     for row in rows:
         if row.which == "forward" and row.error is not None and row.error > LARGEST_ERROR:
             print(f"warning: {row.name} at {row.shape} is off by {row.error:.1e} of float64")
+    if on_gpu:
+        print(*summary(rows), sep="\n")
     record: dict[str, object] = {**facts, "rows": [asdict(row) for row in rows]}
     if not on_gpu:
         errors, taken = interpreted(check), compiled()

@@ -100,3 +100,21 @@ def table(rows: Sequence[Row], *, titles: bool = True) -> Iterator[str]:
             value = getattr(row, key)
             cells.append("" if value is None else format(value, form))
         yield f"| {' | '.join(cells)} |"
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each operation and pass: ours, its share of the copy bandwidth, and how often as fast it is as PyTorch
+    can be made to do it, eagerly and compiled."""
+    titles = ("shape", "pass", "ms", "of copy", "best eager", "times", "best compiled", "times")
+    yield f"| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|"
+    mine = [row for row in rows if row.name.startswith("vdm") and row.ms and row.which in PASSES]
+    for row in mine:
+        if row.name.endswith("again") or row.name == "vdm sdpa" or row.level == "layer":
+            continue
+        others = [r for r in rows if (r.level, r.shape, r.which) == (row.level, row.shape, row.which) and r.ms]
+        cells = [row.shape, row.which, f"{row.ms:.3f}", "" if row.of_copy is None else f"{row.of_copy:.0%}"]
+        for compiled in (False, True):
+            rivals = [r for r in others if not r.name.startswith("vdm") and r.name.endswith("compiled") == compiled]
+            best = min(rivals, key=lambda r: r.ms or 0.0, default=None)
+            cells += ["", ""] if best is None else [best.name, f"{(best.ms or 0.0) / (row.ms or 1.0):.2f}"]
+        yield f"| {' | '.join(cells)} |"

@@ -8,11 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import train_step
 from benchmarks.actions import table as actions_table
 from benchmarks.data import table
 from benchmarks.demo import SCORES
 from benchmarks.memory import sampling_table
 from benchmarks.memory import table as memory_table
+from benchmarks.rows import Row, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,6 +68,21 @@ def test_the_table_of_plans_is_the_saved_one() -> None:
         learn = f"{sum(trained.values()) / 1e6:,.1f} M"
         step, saved_gb = gpus["A100"]["seconds_per_step"], disk["checkpoint"] / 1e9
         assert f"| `{name}.yaml` | {learn} | {' | '.join(peaks)} | {step:.2f} s | {saved_gb:.1f} GB |" in README
+
+
+def test_the_tables_of_a_gpu_are_the_saved_ones() -> None:
+    tables = []
+    for name in ("attn-h200.json", "fused-h200.json"):
+        rows = saved(name)["rows"]
+        assert isinstance(rows, list)
+        tables.append(summary([Row(**row) for row in rows]))
+    for name in ("train-step-h200.json", "train-step-eager-h200.json"):
+        rows = saved(name)["rows"]
+        assert isinstance(rows, list)
+        tables.append(train_step.table([train_step.Row(**row) for row in rows]))
+    lines = [line for lines in tables for line in "\n".join(lines).splitlines()]
+    assert len(lines) == 11 + 11 + 5 + 8
+    assert [line for line in lines if line not in PERFORMANCE] == []
 
 
 def test_the_page_of_performance_says_what_the_saved_outputs_say() -> None:
