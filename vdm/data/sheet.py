@@ -16,23 +16,35 @@ LINE_HEIGHT, MARGIN = 18, 5
 
 
 def contact_sheet(
-    path: str | Path, clips: Sequence[Frames], *, captions: Sequence[str], columns_frames: int = 8
+    path: str | Path, clips: Sequence[Frames], *, captions: Sequence[str], columns_frames: int = 8, across: int = 1
 ) -> None:
-    """Write a PNG with one row per clip uint8 (T,H,W,3): frames evenly spaced in time, the caption beneath.
+    """Write a PNG of clips uint8 (T,H,W,3), so many across: frames evenly spaced in time, the caption beneath.
 
-    Rows are padded with white to a common width. Raises UserError when the folder cannot be written.
+    What is smaller is padded with white. Raises UserError when the folder cannot be written.
     """
     assert clips and len(clips) == len(captions), "one caption for each clip, at least one clip"
     strips = [_strip(clip, columns_frames) for clip in clips]
     width = max(strip.shape[1] for strip in strips)
+    cells = [
+        np.concatenate([_padded(strip, strip.shape[0], width), _text_band(caption, width)])
+        for strip, caption in zip(strips, captions, strict=True)
+    ]
     rows: list[Frames] = []
-    for strip, caption in zip(strips, captions, strict=True):
-        rows.append(np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255))
-        rows.append(_text_band(caption, width))
+    for first in range(0, len(cells), across):
+        row = cells[first : first + across]
+        height = max(cell.shape[0] for cell in row)
+        joined = np.concatenate([_padded(cell, height, width) for cell in row], axis=1)
+        rows.append(_padded(joined, height, width * min(across, len(cells))))
     done, png = cv2.imencode(".png", cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
     assert done
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(png.tobytes())
+
+
+def _padded(picture: Frames, height: int, width: int) -> Frames:
+    """White below and to the right."""
+    missing = ((0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0))
+    return np.pad(picture, missing, constant_values=255)
 
 
 def _strip(clip: Frames, columns: int) -> Frames:
