@@ -30,6 +30,7 @@ from vdm.data.captions import caption
 from vdm.data.casting import compose
 from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered, render_clip
+from vdm.data.phrasing import num_forms, rephrased
 from vdm.data.settings import DataConfig
 from vdm.data.video import to_float, to_video
 from vdm.errors import UserError
@@ -62,8 +63,8 @@ def summarise(verdicts: Sequence[Verdict], texts: Sequence[str]) -> dict[str, An
     return summary | {"actions": recall, "confusion": scores.confusion, "rules_version": RULES_VERSION}
 
 
-def draw_prompts(clips_per_action: int, *, seed: int) -> list[str]:
-    """Captions such as mini-something writes, action by action in turn."""
+def draw_prompts(clips_per_action: int, *, seed: int, other_words: bool = False) -> list[str]:
+    """Captions such as mini-something writes, action by action in turn; or other words for the same."""
     rng, prompts = np.random.default_rng(seed), []
     for action in ACTIONS * clips_per_action:
         shapes = rng.choice(SHAPES_WITH_A_TOP if action.name == "turn_upside_down" else SHAPES, size=2)
@@ -71,7 +72,11 @@ def draw_prompts(clips_per_action: int, *, seed: int) -> list[str]:
         named = 1 if action.name == "cover" else action.num_slots
         fillers = [f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=True)][:named]
         fillers += [COVER] * (action.num_slots - named)
-        prompts.append(caption(action.template, fillers))
+        if other_words:
+            form = int(rng.integers(1, num_forms(action.template)))
+            prompts.append(rephrased(action.template, fillers, form=form))
+        else:
+            prompts.append(caption(action.template, fillers))
     return prompts
 
 
@@ -91,7 +96,8 @@ def judge_real(clips_per_action: int, *, seed: int, data: DataConfig) -> dict[st
 
 def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> dict[str, Any]:
     """Scores of the model's clips, as long as those it was trained on; clip i starts from the noise of seed + i."""
-    prompts, verdicts = draw_prompts(options.clips_per_action, seed=options.seed), []
+    prompts = draw_prompts(options.clips_per_action, seed=options.seed, other_words=options.other_words)
+    verdicts: list[Verdict] = []
     for first in tqdm(range(0, len(prompts), BATCH), desc="sampling", unit="batch", leave=False):
         some = prompts[first : first + BATCH]
         video = pipe(
@@ -157,6 +163,7 @@ def _parser() -> Parser:
     parser.flag("--steps", "--num_inference_steps", type=int, default=50, metavar="N", help="of denoising (default 50)")
     parser.flag("--guidance_scale", type=float, metavar="F", help="that of the checkpoint by default")
     parser.flag("--sampler", choices=("ddim", "ddpm", "dpmpp"), help="that of the checkpoint by default")
+    parser.flag("--other_words", action="store_true", help='prompts such as "someone is dragging a box to the right"')
     parser.flag("--seed", type=int, default=0, metavar="N", help="of the prompts and the noise (default 0)")
     parser.flag("--json", type=Path, metavar="FILE", help="write all numbers, and what they were measured with")
     parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")

@@ -1,0 +1,77 @@
+"""How the demo model follows prompts with fewer steps, other samplers and guidance: `python benchmarks/demo_table.py`.
+
+Six prompts of each action, the same noise in every row, judged as `benchmarks/demo.py` does.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import environment, write_json
+from benchmarks.demo import SCORES, judge_generated
+from vdm.cli import Parser, run
+from vdm.generate import pick_device
+from vdm.pipeline import TextToVideo
+
+STEPS = (
+    ("ddim", 5),
+    ("ddim", 10),
+    ("ddim", 20),
+    ("ddim", 50),
+    ("dpmpp", 5),
+    ("dpmpp", 10),
+    ("dpmpp", 20),
+    ("ddpm", 50),
+)
+GUIDANCE = (1.0, 2.0, 5.0, 8.0)  # beside the model's own; with dpmpp in 20 steps
+
+
+def settings() -> Iterator[dict[str, Any]]:
+    """What is varied, row by row; null is the model's own."""
+    yield from (
+        {"sampler": name, "steps": steps, "guidance_scale": None, "other_words": False} for name, steps in STEPS
+    )
+    short = {"sampler": "dpmpp", "steps": 20}
+    yield from ({**short, "guidance_scale": scale, "other_words": False} for scale in GUIDANCE)
+    yield {**short, "guidance_scale": None, "other_words": True}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    titles = ("sampler", "steps", "guidance", "words", *SCORES)
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
+    for row in rows:
+        guidance = "3 (the model's)" if row["guidance_scale"] is None else f"{row['guidance_scale']:g}"
+        cells = [row["sampler"], str(row["steps"]), guidance, "other" if row["other_words"] else "captions'"]
+        cells += ["{right} of {clips}".format(**row[name]) for name in SCORES]
+        yield f"| {' | '.join(cells)} |"
+
+
+def command(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="benchmarks/demo_table.py", description=str(__doc__).split("\n")[0])
+    parser.flag("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder; the shipped demo model by default")
+    parser.flag("--clips_per_action", type=int, default=6, metavar="N", help="of each of the 16 actions (default 6)")
+    parser.flag("--seed", type=int, default=6, metavar="N", help="of the prompts and the noise (default 6)")
+    parser.flag("--json", type=Path, metavar="FILE", help="write the table, after every row")
+    parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
+    options = parser.parse_args(arguments)
+    device = pick_device(options.device)
+    pipe = TextToVideo.from_pretrained(options.checkpoint).to(device)
+    rows: list[dict[str, Any]] = []
+    for chosen in settings():
+        asked = Namespace(**chosen, clips_per_action=options.clips_per_action, seed=options.seed)
+        scores = judge_generated(pipe, asked)
+        rows.append(chosen | {name: scores[name] for name in SCORES})
+        print(list(table(rows))[-1], flush=True)
+        if options.json:
+            write_json(options.json, {"environment": environment(device), "rows": rows})
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(command))
