@@ -41,6 +41,7 @@ from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
 
 BATCH = 8
+PLAIN_FORM = 3  # of a caption in natural words: the caption itself
 GAUGED_AT = (0.8, 0.97, 1.0)  # of the noise schedule
 SCORES = ("action", "direction", "colour", "shape", "joint")
 
@@ -64,8 +65,9 @@ def summarise(verdicts: Sequence[Verdict], texts: Sequence[str]) -> dict[str, An
 
 
 def draw_prompts(clips_per_action: int, *, seed: int, other_words: bool = False) -> list[str]:
-    """Captions such as mini-something writes, action by action in turn; or other words for the same."""
-    rng, prompts = np.random.default_rng(seed), []
+    """Captions such as mini-something writes, action by action in turn; or other words for the same, of the same
+    things."""
+    rng, wording, prompts = np.random.default_rng(seed), np.random.default_rng([seed, 1]), []
     for action in ACTIONS * clips_per_action:
         shapes = rng.choice(SHAPES_WITH_A_TOP if action.name == "turn_upside_down" else SHAPES, size=2)
         colours = rng.choice(list(COLOURS), size=2, replace=False)
@@ -73,8 +75,8 @@ def draw_prompts(clips_per_action: int, *, seed: int, other_words: bool = False)
         fillers = [f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=True)][:named]
         fillers += [COVER] * (action.num_slots - named)
         if other_words:
-            form = int(rng.integers(1, num_forms(action.template)))
-            prompts.append(rephrased(action.template, fillers, form=form))
+            forms = [form for form in range(num_forms(action.template)) if form != PLAIN_FORM]
+            prompts.append(rephrased(action.template, fillers, form=int(wording.choice(forms))))
         else:
             prompts.append(caption(action.template, fillers))
     return prompts

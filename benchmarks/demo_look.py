@@ -75,7 +75,11 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag("--clips_per_action", type=int, default=3, metavar="N", help="of each of the 16 actions (default 3)")
     parser.flag("--seed", type=int, default=48, metavar="N", help="of the prompts and the noise (default 48)")
     parser.flag(
-        "--trained", nargs="+", default=["0:40000"], metavar="SEED:CLIPS", help="what was trained on (default 0:40000)"
+        "--trained",
+        nargs="+",
+        default=["0:40000", "1:12000"],
+        metavar="SEED:CLIPS",
+        help="what was trained on: of the shipped model 0:40000 and 1:12000",
     )
     parser.flag("--sheet", type=Path, metavar="FILE", help="write the picture there")
     parser.flag("--json", type=Path, metavar="FILE", help="write the distances")

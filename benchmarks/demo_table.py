@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import environment, write_json
 from benchmarks.demo import SCORES, judge_generated
 from vdm.cli import Parser, run
+from vdm.errors import UserError
 from vdm.generate import pick_device
 from vdm.pipeline import TextToVideo
 
@@ -43,12 +44,17 @@ def settings() -> Iterator[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown."""
     titles = ("sampler", "steps", "guidance", "words", *SCORES)
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
     for row in rows:
-        guidance = "3 (the model's)" if row["guidance_scale"] is None else f"{row['guidance_scale']:g}"
-        cells = [row["sampler"], str(row["steps"]), guidance, "other" if row["other_words"] else "captions'"]
+        cells = [
+            row["sampler"],
+            str(row["steps"]),
+            f"{row['guidance_scale']:g}",
+            "other" if row["other_words"] else "captions'",
+        ]
         cells += ["{right} of {clips}".format(**row[name]) for name in SCORES]
         yield f"| {' | '.join(cells)} |"
 
@@ -61,12 +67,16 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag("--json", type=Path, metavar="FILE", help="write the table, after every row")
     parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
     options = parser.parse_args(arguments)
+    if options.clips_per_action < 1 or options.seed < 0:
+        raise UserError("--clips_per_action must be at least 1, and --seed at least 0")
     device = pick_device(options.device)
     pipe = TextToVideo.from_pretrained(options.checkpoint).to(device)
     rows: list[dict[str, Any]] = []
     for chosen in settings():
         asked = Namespace(**chosen, clips_per_action=options.clips_per_action, seed=options.seed)
         scores = judge_generated(pipe, asked)
+        if chosen["guidance_scale"] is None:
+            chosen["guidance_scale"] = pipe.config.sampling.guidance_scale
         rows.append(chosen | {name: scores[name] for name in SCORES})
         print(list(table(rows))[-1], flush=True)
         if options.json:

@@ -33,7 +33,7 @@ def compare(arguments: Sequence[str], *, prog: str, title: str, gpu_rows: Rows, 
     for the interpreter, which prints errors as JSON."""
     parser = Parser(prog=prog, description=title.split("\n")[0])
     parser.flag("--device", help="cuda or cpu; a GPU by default where there is one")
-    parser.flag("--minutes", type=float, metavar="F", help="on a GPU: begin no other shape after so long")
+    parser.flag("--minutes", type=float, metavar="F", help="begin no other shape after so long")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_args(arguments)
     began = time.monotonic()

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.timing import interleaved
+
+torch._functorch.config.donated_buffer = False  # else what is compiled cannot be run backward twice, as `calls_of` does
 
 PASSES = ("forward", "backward", "both")
 

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 REPEATS = {"cuda": 100, "cpu": 7}
-LEAST, ENOUGH = (
-    7,
-    10.0,
-)  # of a call on a GPU that takes long: as often as this, and no more once so many seconds are over
+# What takes long on a GPU, where time costs, is repeated so often at least, and no more once so many seconds are over.
+LEAST, ENOUGH = 5, 4.0
 
 
 def random(sizes: Sequence[int], device: torch.device, seed: int) -> Tensor:
@@ -52,18 +50,15 @@ def clock(call: Callable[[int], object], device: torch.device) -> Callable[[int]
 def interleaved(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call, taken in turn, so that what else the machine does strikes all alike."""
     for call in calls.values():
-        began = time.perf_counter()
         for _ in range(3):
             call(0)
-            if time.perf_counter() - began > 1.0:
-                break
     clocks = {name: clock(call, device) for name, call in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for i in range(REPEATS[device.type]):
         for name, one in clocks.items():
             found[name].append(one(i))
-        if i + 1 >= LEAST and time.perf_counter() - began > ENOUGH * len(calls):
+        if device.type == "cuda" and i + 1 >= LEAST and time.perf_counter() - began > ENOUGH * len(calls):
             break
     return found
 
@@ -87,17 +82,22 @@ def copy_bandwidth(device: torch.device) -> float:
 def launches_and_peak(
     call: Callable[[int], object], device: torch.device, *, in_all: bool = False
 ) -> tuple[int | None, float | None]:
-    """How many kernels a call launches, and the megabytes of a GPU it takes: beyond what was there, or `in_all`."""
+    """How many kernels a call launches, and the megabytes of a GPU it takes: beyond what was there, or `in_all`.
+
+    The latter is all that PyTorch holds of it, with what graphs keep for themselves.
+    """
     if device.type != "cuda":
         return None, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call(0)
         torch.cuda.synchronize()
     launches = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
-    before = 0 if in_all else torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     call(0)
-    return launches, (torch.cuda.max_memory_allocated() - before) / 1e6
+    peak = torch.cuda.max_memory_reserved() if in_all else torch.cuda.max_memory_allocated() - before
+    return launches, peak / 1e6
 
 
 def replayed(call: Callable[[int], object]) -> Callable[[int], object]:

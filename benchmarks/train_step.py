@@ -8,6 +8,7 @@ same weights as it is, and on a GPU tuned (bf16, channels_last, compiled).
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -141,15 +142,16 @@ def measure(
 
 
 def compared(
-    contenders: Sequence[Contender], task: Task, config: Config, device: torch.device, passes: Sequence[str]
+    contenders: list[Contender], task: Task, config: Config, device: torch.device, passes: Sequence[str]
 ) -> Iterator[list[Row]]:
-    """The rows so far: of all in turn on a CPU; on a GPU, whose memory has no room for all, of one after the other. The
-    first is ours."""
+    """The rows so far: of all in turn on a CPU; on a GPU, which has no room for all, of one after the other, each taken
+    from the list. The first is ours."""
     if device.type == "cpu":
         yield related(measure(contenders, task, config, device, passes))
         return
     rows: list[Row] = []
-    for one in contenders:
+    while contenders:
+        one = contenders.pop(0)
         one.module.to(device)
         try:
             rows += measure([one], task, config, device, passes)
@@ -157,6 +159,8 @@ def compared(
             print(f"{one.name} does not fit into the GPU's memory")
         one.module.zero_grad(set_to_none=True)
         one.module.to("cpu")
+        del one  # and the graphs that it may keep, with their memory
+        gc.collect()
         torch.cuda.empty_cache()
         yield related(rows)
 
@@ -249,15 +253,15 @@ def command(arguments: Sequence[str]) -> None:
         outputs = [unet(*task.inputs(unet, device)).detach() for unet in contenders[:2]]
         facts["apart"] = relative(*outputs)
     print(json.dumps(facts, indent=1))
-    rows: list[Row] = []
+    rows, mine = list[Row](), contenders[0]
     for rows in compared(contenders, task, config, device, [options.only] if options.only else PASSES):
         if options.json:  # compiling the next may take longer than there is time
             write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})
     for line in table(rows):
         print(line)
     if options.profile:
-        contenders[0].module.to(device)
-        profile(contenders[0], task, device, options.profile)
+        mine.module.to(device)
+        profile(mine, task, device, options.profile)
 
 
 if __name__ == "__main__":

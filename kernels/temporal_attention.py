@@ -48,7 +48,7 @@ def why_not(qkv: Tensor) -> str | None:
     if not 1 <= qkv.shape[5] <= MAX_HEAD_DIM:
         return f"the kernel takes heads of at most {MAX_HEAD_DIM} channels, got {qkv.shape[5]}"
     if qkv.dtype not in DTYPES:
-        return f"the kernel takes float16, bfloat16, float32 and float64, got {qkv.dtype}"
+        return f"the kernel takes float16, bfloat16, float32 and, interpreted, float64, got {qkv.dtype}"
     if qkv.device.type != "cuda" and not INTERPRETED:
         return f"the kernel needs a CUDA device, and the tensor is on {qkv.device.type}"
     if qkv.dtype == torch.float64 and not INTERPRETED:

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdm.config import Config
 from vdm.errors import UserError
 from vdm.models import UNet3D, UNetConfig
 from vdm.replay import Replayed, replay_in_training
-from vdm.training.parallel import require_possible
+from vdm.training.parallel import parallelize, require_possible
 from vdm.training.settings import TrainingConfig
 
 
@@ -32,9 +32,57 @@ def test_training_by_a_graph_is_refused_where_it_cannot_be(monkeypatch: pytest.M
     require_possible(fits.training, there=1, num_clips=8)
     with pytest.raises(UserError, match="cuda_graph would drop the same numbers .* model.temporal_dropout=0, not 0.1"):
         replace(fits, model=UNetConfig(temporal_dropout=0.1))
-    for name, value in (("task", "vae"), ("gradient_accumulation_steps", 2), ("gradient_checkpointing", "cheap")):
-        with pytest.raises(UserError, match=f"training.cuda_graph does without training.{name}={value}"):
-            TrainingConfig(cuda_graph=True, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="cuda_graph would drop the same numbers .* model.dropout=0, not 0.2"):
+        replace(fits, model=UNetConfig(temporal_dropout=0.0, dropout=0.2))
+    for name, value, wanted in (
+        ("task", "vae", "unet"),
+        ("gradient_accumulation_steps", 2, "1"),
+        ("gradient_checkpointing", "cheap", "none"),
+        ("compile", True, "false"),
+        ("lora_rank", 4, "null"),
+    ):
+        with pytest.raises(UserError, match=f"cuda_graph needs training.{name}={wanted}, not {value}; set it so"):
+            TrainingConfig(cuda_graph=True, init_from="x", **{name: value})  # type: ignore[arg-type]
+
+
+def test_only_a_unet_in_training_is_replayed_and_only_for_its_first_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded is PyTorch's affair; here it is only counted when the result would be replayed."""
+    replays: list[torch.Size] = []
+
+    def record(module: nn.Module, likes: tuple[Tensor, ...], allow_unused_input: bool) -> None:
+        assert not torch.is_autocast_cache_enabled() and all(like.is_leaf for like in likes)
+        plain = module.forward
+
+        def replay(*tensors: Tensor) -> Tensor:
+            replays.append(tensors[0].shape)
+            return plain(*tensors)
+
+        module.forward = replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    parts = {"unet": nn.Linear(3, 2), "text": nn.Linear(3, 2)}
+    settings = TrainingConfig(cuda_graph=True)
+    parallelize(parts, lambda batch: {}, settings, passed=parts)
+    outputs = [parts["unet"](torch.ones(rows, 3)) for rows in (4, 4, 1, 4)]
+    assert replays == [torch.Size([4, 3])] * 3, "the shapes of the first call, that one too"
+    assert torch.equal(outputs[2], outputs[0][:1])
+    parts["text"](torch.ones(4, 3))
+    parts["unet"].eval()(torch.ones(4, 3))
+    with torch.no_grad():
+        parts["unet"].train()(torch.ones(4, 3))
+    assert len(replays) == 3
+
+
+def test_a_recording_that_fails_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("too little")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    module = nn.Linear(3, 2)
+    replay_in_training(module)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            module(torch.ones(4, 3))
 
 
 @pytest.mark.gpu

@@ -72,11 +72,12 @@ class Config:
             raise UserError(f"model.in_channels={channels} must equal vae.latent_channels={self.vae.latent_channels}")
         if width != self.text.text_width:
             raise UserError(f"model.context_dim={width} must equal text.text_width={self.text.text_width}")
-        if self.training.cuda_graph and self.model.temporal_dropout:
-            raise UserError(
-                f"training.cuda_graph would drop the same numbers at every step; set model.temporal_dropout=0, not "
-                f"{self.model.temporal_dropout}, or leave it out"
-            )
+        for name in ("dropout", "temporal_dropout"):
+            if self.training.cuda_graph and getattr(self.model, name):
+                raise UserError(
+                    f"training.cuda_graph would drop the same numbers at every step; set model.{name}=0, not "
+                    f"{getattr(self.model, name)}, or leave it out"
+                )
 
     def _check_sizes(self) -> None:
         factor = self.vae.factor

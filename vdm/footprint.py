@@ -101,6 +101,7 @@ def _planned(config: Config) -> Config:
             lora_rank=None,  # which wants a model to be of
             lora_alpha=None,
             compile=False,
+            cuda_graph=False,
             parallel="ddp",
             num_gpus=None,
             effective_batch_size=None,

@@ -185,12 +185,15 @@ class Writer:
     def _note(self, split: Split, entries: Sequence[Entry]) -> None:
         self.bad[split].note([(entry.id, entry.problem) for entry in entries if entry.problem])
 
+    def at_once(self, pixels: int) -> int:
+        """How many looks of so many pixels are encoded at a time."""
+        return 1 if self.device.type == "cpu" else max(1, PIXELS_AT_ONCE // pixels)
+
     @torch.no_grad()
     def _moments(self, looks: Mapping[str, Frames]) -> dict[str, Tensor]:
-        """Of looks of one size, by name: together on a GPU, one by one on a CPU, which gains nothing by more."""
-        names = list(looks)
-        at_once = 1 if self.device.type == "cpu" else max(1, len(names))
-        found: dict[str, Tensor] = {}
+        """Of looks of one size, by name: some together on a GPU, one by one on a CPU, which gains nothing by more."""
+        names, found = list(looks), dict[str, Tensor]()
+        at_once = self.at_once(max((frames[..., 0].size for frames in looks.values()), default=1))
         for some in (names[i : i + at_once] for i in range(0, len(names), at_once)):
             video = to_float(torch.stack([to_video(looks[name]) for name in some]).to(self.device))
             with self._autocast():

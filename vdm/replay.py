@@ -52,7 +52,7 @@ def replay_in_training(module: nn.Module) -> None:
     """From its first call with gradients on, a module on a GPU replays that call's kernels, and those of its backward
     pass, for all tensors of the same shapes; its weights may change in place. Other calls are made as ever.
 
-    Gradients lie where the next replay writes: they must be used before, and not added up.
+    The result and the gradients lie where the next replay writes: they must be used before, and not added up.
     """
     plain = module.forward
     recorded: tuple[object, ...] | None = None
@@ -63,10 +63,13 @@ def replay_in_training(module: nn.Module) -> None:
             return plain(*tensors)
         signature = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
         if recorded is None:
-            recorded = signature
             module.forward = plain
-            _record_training(module, tensors)
-            forward.replay, module.forward = module.forward, forward  # type: ignore[attr-defined]
+            try:
+                _record_training(module, tensors)
+                forward.replay = module.forward  # type: ignore[attr-defined]
+            finally:
+                module.forward = forward
+            recorded = signature
         replay: Callable[..., Tensor] = forward.replay if signature == recorded else plain  # type: ignore[attr-defined]
         return replay(*tensors)
 

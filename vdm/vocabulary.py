@@ -16,7 +16,7 @@ class Colour:
 @dataclass(frozen=True)
 class Action:
     """One of the sixteen things that happen; `template` is SSv2's own wording, with a slot for each object, and
-    `others` say the same in other words."""
+    `others` say the same of any clip in other words."""
 
     name: str
     template: str
@@ -101,9 +101,7 @@ ACTIONS: tuple[Action, ...] = (
         "Putting [something] on a surface",
         (
             "Putting [something] down",
-            "Putting [something] on the table",
             "Placing [something] on a surface",
-            "Placing [something] on the table",
         ),
     ),
     Action(
@@ -176,10 +174,7 @@ ACTIONS: tuple[Action, ...] = (
     Action(
         "hold",
         "Holding [something]",
-        (
-            "Holding [something] in the hand",
-            "Holding [something] still",
-        ),
+        ("Holding [something] in the hand",),
     ),
 )
 

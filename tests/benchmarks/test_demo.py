@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import demo
+from benchmarks import demo, demo_table
 from vdm.cli import run
 from vdm.components import build_components
 from vdm.config import load
@@ -59,6 +59,31 @@ def test_prompts_are_captions_of_mini_something() -> None:
     for text, prompt in zip(texts, prompts, strict=True):
         assert "[" not in text and ("white cloth" in text) == (prompt.action == "cover")
         assert len(set(prompt.colours)) == (2 if prompt.action in ("move_closer", "move_apart") else 1)
+
+
+def test_prompts_in_other_words_ask_for_the_same_things() -> None:
+    plain, other = demo.draw_prompts(6, seed=6), demo.draw_prompts(6, seed=6, other_words=True)
+    assert [read_prompt(text) for text in plain] == [read_prompt(text) for text in other]
+    assert not any(text.lower() == words for text, words in zip(plain, other, strict=True))
+
+
+def test_the_table_has_a_row_for_every_setting(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"sampler": "dpmpp", "steps": 2, "guidance_scale": scale, "other_words": scale == 2.0} for scale in (None, 2.0)
+    ]
+    monkeypatch.setattr(demo_table, "settings", lambda: iter(rows))
+    file = tmp_path / "table.json"
+    demo_table.command(["--checkpoint", str(checkpoint), "--clips_per_action", "1", "--json", str(file)])
+    record = json.loads(file.read_text())
+    assert [row["guidance_scale"] for row in record["rows"]] == [
+        load(checkpoint / "config.yaml").sampling.guidance_scale,
+        2,
+    ]
+    assert list(demo_table.table(record["rows"]))[2:] == capsys.readouterr().out.splitlines()
+    with pytest.raises(UserError, match="--clips_per_action must be at least 1"):
+        demo_table.command(["--clips_per_action", "0"])
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import kernel_command, sample, timing, train_step
+from benchmarks.contenders import channels_last
 from vdm.errors import UserError
 from vdm.models import UNetConfig
 
@@ -43,6 +45,26 @@ def test_the_rival_has_the_same_weights(tmp_path: Path, monkeypatch: pytest.Monk
     )
     record = json.loads(file.read_text())
     assert record["apart"] < 1e-5 and {row["name"] for row in record["rows"]} == {"vdm", "diffusers"}
+
+
+def test_one_pass_alone_and_the_values_of_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    where = ["--config", str(TINY), "--device", "cpu", "--size", "16", "--num_frames", "2", "--batch_size", "1"]
+    train_step.command([*where, "--only", "forward", "--json", str(file), "training.mixed_precision=no"])
+    assert [row["which"] for row in json.loads(file.read_text())["rows"]] == ["forward"]
+    where = ["--config", str(TINY), "--device", "cpu", "--steps", "1", "--batch_size", "1", "--only", "to latents"]
+    sample.command([*where, "--json", str(file), "sampling.guidance_scale=1.0"])
+    record = json.loads(file.read_text())
+    assert [row["part"] for row in record["rows"]] == ["to latents"] and record["sampling"]["guidance_scale"] == 1
+    with pytest.raises(UserError, match="seed=1 replaces a value of --config; give that, too"):
+        sample.command(["seed=1"])
+
+
+def test_weights_of_two_dimensional_convolutions_lie_channels_last() -> None:
+    layers = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv3d(4, 4, 3)])
+    channels_last(layers)
+    assert layers[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert layers[1].weight.is_contiguous()
 
 
 def test_sampling_is_timed(tmp_path: Path) -> None:

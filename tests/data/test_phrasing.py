@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vdm.data.captions import SLOT
-from vdm.data.phrasing import NUM_FORMS, rephrased, with_article
+from vdm.data.phrasing import NUM_FORMS, num_forms, rephrased, with_article
 from vdm.errors import UserError
 from vdm.templates import SSV2_TEMPLATES
 
@@ -58,14 +58,30 @@ def test_forms(template: str, placeholders: list[str], forms: list[str]) -> None
 @pytest.mark.parametrize("template", SSV2_TEMPLATES)
 def test_every_template_has_all_forms(template: str) -> None:
     fillers = ["ball"] * len(SLOT.findall(template))
-    for form in range(NUM_FORMS):
+    for form in range(num_forms(template)):
         text = rephrased(template, fillers, form=form)
         assert "[" not in text and text == text.lower() and "  " not in text
-    third = rephrased(template, fillers, form=0)
-    assert third.startswith("a person ") or template.startswith("[Something]")
-    # No verb is left that does not agree with its person.
-    assert not re.search(r"(^a person|\b(and|but|or|then)) [a-z]+ing\b", third) or template.startswith("[Something]")
-    assert not re.match(r"[a-z]+ing\b", rephrased(template, fillers, form=1)) or template.startswith("[")
+    for wording in range(0, num_forms(template), NUM_FORMS):
+        third = rephrased(template, fillers, form=wording)
+        assert third.startswith("a person ") or template.startswith("[Something]")
+        # No verb is left that does not agree with its person.
+        assert not re.search(r"(^a person|\b(and|but|or|then)) [a-z]+ing\b", third) or template.startswith(
+            "[Something]"
+        )
+        assert not re.match(
+            r"(?!bring\b)[a-z]+ing\b", rephrased(template, fillers, form=wording + 1)
+        ) or template.startswith("[")
+
+
+def test_other_words_are_those_of_the_action() -> None:
+    said = [rephrased("Pulling [something] from left to right", ["a box"], form=form) for form in (0, 4, 8, 13)]
+    assert said == [
+        "a person pulls a box from left to right",
+        "a person pulls a box to the right",
+        "a person drags a box to the right",
+        "drag a box from left to right",
+    ]
+    assert num_forms("Pouring [something] into [something]") == NUM_FORMS
 
 
 @pytest.mark.parametrize(

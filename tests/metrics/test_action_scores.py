@@ -47,7 +47,13 @@ def test_what_a_prompt_does_not_name() -> None:
     assert read_prompt("holding a red or blue ball") == Prompt("hold", (), ("ball",))
 
 
-@pytest.mark.parametrize("text", ["", "a dog runs", "pushing a red ball", "moving a red ball to the left"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "a dog runs", "pushing a red ball", "moving a red ball to the left", "raising a red cup and lowering it",
+        "lifting up one end of a red box without letting it drop down",
+    ],
+)  # fmt: skip
 def test_another_prompt_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="none of mini-something's sixteen actions"):
         read_prompt(text)

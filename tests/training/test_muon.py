@@ -100,6 +100,16 @@ def test_the_rest_is_adamw() -> None:
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
 
 
+def test_a_group_without_gradients_stays_as_it_is() -> None:
+    model = net()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.gradients(0)
+    for name in ("linear.weight", "twin.weight", "conv.weight"):
+        model.get_parameter(name).grad = None
+    build_optimizer({"unet": model}, CONFIG).step()
+    assert torch.equal(before["conv.weight"], model.conv.weight) and not torch.equal(before["place"], model.place)
+
+
 def test_a_restored_state_goes_on_bit_for_bit() -> None:
     whole, first = net(), net()
     one, two = build_optimizer({"unet": whole}, CONFIG), build_optimizer({"unet": first}, CONFIG)

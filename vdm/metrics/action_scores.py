@@ -80,7 +80,7 @@ def read_prompt(text: str) -> Prompt:
     """Understand a caption. Raises UserError where it names none of the sixteen actions."""
     for action, pattern in _PATTERNS:
         found = pattern.search(text.lower())
-        if found:
+        if found and not any(map(_MORE.search, (text[: found.start()].lower(), *found.groups()))):
             things = found.groups()[:1] if action == "cover" else found.groups()  # not the cloth
             return Prompt(action, _named(things, tuple(COLOURS)), _named(things, SHAPES))
     raise UserError(
@@ -146,6 +146,9 @@ def _pattern(template: str) -> re.Pattern[str]:
     """A template in any form of its verbs, with anyone as its subject."""
     words = re.sub(r"\b(\w+)(\w)ing\b", _any_form, template.lower().replace("[something]", "(.+)"))
     return re.compile(rf"\b{words}\W*$")
+
+
+_MORE = re.compile(r"\b(and|then|but|while|without|before|after)\b")  # begins a further clause, which asks for more
 
 
 def _any_form(verb: re.Match[str]) -> str:

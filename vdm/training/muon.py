@@ -54,13 +54,13 @@ class Muon(torch.optim.Optimizer):
         assert closure is None, "gradients are there already"
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
             torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
             (self._step_matrices if group["matrices"] else self._step_others)(parameters, group)
         return None
 
     def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        if not parameters:
-            return
         alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         momentum, gradients = group["betas"][0], _gradients(parameters)
         momenta = [self._state(p, "momentum")["momentum"] for p in parameters]
@@ -75,8 +75,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_([p for p, _ in pairs], moved, alpha=-group["lr"] * scale)
 
     def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        if not parameters:
-            return
         beta1, beta2 = group["betas"]
         gradients, states = _gradients(parameters), [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
         for state in states:

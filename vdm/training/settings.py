@@ -193,10 +193,13 @@ class TrainingConfig:
             ("gradient_accumulation_steps", 1),
             ("gradient_checkpointing", "none"),
             ("optimizer_in_backward", False),
+            ("compile", False),
+            ("lora_rank", None),
         ):
             if getattr(self, name) != only:
                 raise UserError(
-                    f"training.cuda_graph does without training.{name}={getattr(self, name)}; leave out one of the two"
+                    f"training.cuda_graph needs training.{name}={'null' if only is None else str(only).lower()}, not "
+                    f"{getattr(self, name)}; set it so, or leave cuda_graph out"
                 )
 
     def _check_lora(self) -> None:
