@@ -2,7 +2,8 @@
 
 Prompts are mini-something's own captions with colours and shapes drawn anew, equally many for each action; clips are
 judged by the fixed rules of `vdm.metrics.actions`, which do not know the prompt. `--real` judges rendered clips: the
-ceiling. "chance" is the score with all prompts against all clips. `--gauge`: how much a caption matters.
+ceiling; `--reconstructed` judges them after the autoencoder: the model's own. "chance" is the score with all prompts
+against all clips. `--gauge`: how much a caption matters.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.phrasing import num_forms, rephrased
 from vdm.data.settings import DataConfig
-from vdm.data.video import to_float, to_video
+from vdm.data.video import to_float, to_uint8, to_video
 from vdm.errors import UserError
 from vdm.generate import pick_device
 from vdm.metrics.action_scores import mark, read_prompt, score
 from vdm.metrics.actions import RULES_VERSION, Verdict, judge
+from vdm.metrics.motion import measure_flows, warping_error
+from vdm.models import VideoVAE
 from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
 
@@ -89,11 +92,33 @@ def rendered(first: int, *, actions: Collection[str], seed: int, data: DataConfi
     return (render_clip(index, seed=seed, fps=data.fps, masks=False, **size) for index in chosen)
 
 
-def judge_real(clips_per_action: int, *, seed: int, data: DataConfig) -> dict[str, Any]:
-    """Scores of rendered clips that are in no training or validation set."""
+def judge_real(clips_per_action: int, *, seed: int, data: DataConfig, vae: VideoVAE | None = None) -> dict[str, Any]:
+    """Scores of rendered clips that are in no training or validation set; after an autoencoder also what it loses."""
     streams = (rendered(2 * VALIDATION_OFFSET, actions=[name], seed=seed, data=data) for name in TEMPLATES)
     clips = [clip for stream in streams for clip in islice(stream, clips_per_action)]
-    return summarise([judge(clip.frames) for clip in clips], [clip.label for clip in clips])
+    texts = [clip.label for clip in clips]
+    if vae is None:
+        return summarise([judge(clip.frames) for clip in clips], texts)
+    again = [reconstructed(clip.frames, vae) for clip in tqdm(clips, desc="encoding", unit="clip", leave=False)]
+    squares = [np.square(ours.astype(float) - clip.frames).mean() for ours, clip in zip(again, clips, strict=True)]
+    lost = {
+        "psnr": 10.0 * np.log10(255.0**2 / np.mean(squares)),
+        "warping_error": _warping([clip.frames for clip in clips]),
+        "warping_error_after": _warping(again),
+    }
+    return summarise([judge(frames) for frames in again], texts) | {"lost": {k: float(x) for k, x in lost.items()}}
+
+
+def _warping(clips: Sequence[np.ndarray]) -> float:
+    errors = [warping_error(measure_flows(torch.from_numpy(frames))).mse for frames in clips]
+    return float(np.mean([error for error in errors if error is not None]))
+
+
+@torch.no_grad()
+def reconstructed(frames: np.ndarray, vae: VideoVAE) -> np.ndarray:
+    """A clip uint8 (T,H,W,3) after the autoencoder."""
+    video = to_float(to_video(frames))[None].to(next(vae.parameters()).device)
+    return to_uint8(vae.decode(vae.encode(video).mode())[0].cpu())
 
 
 def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> dict[str, Any]:
@@ -151,6 +176,9 @@ def _print(record: dict[str, Any]) -> None:
     for name, row in record["scores"]["actions"].items():
         others = {k: n for k, n in record["scores"]["confusion"][name].items() if k != name}
         print(f"{name:<24}{row['right']:>4} of {row['clips']}", *(f"  {k} {n}" for k, n in others.items()))
+    if lost := record["scores"].get("lost"):
+        line = "PSNR {psnr:.2f} dB; warping error {warping_error:.6f} of real clips, {warping_error_after:.6f} after"
+        print(line.format(**lost))
     for name in SCORES:
         row = record["scores"][name]
         if row["clips"]:
@@ -170,6 +198,7 @@ def _parser() -> Parser:
     parser.flag("--json", type=Path, metavar="FILE", help="write all numbers, and what they were measured with")
     parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
     parser.flag("--real", action="store_true", help="judge rendered clips instead of the model's: the ceiling")
+    parser.flag("--reconstructed", action="store_true", help="judge rendered clips after the model's autoencoder")
     parser.flag("--gauge", type=int, nargs="?", const=32, metavar="N", help="only the caption gap, on N clips (or 32)")
     return parser
 
@@ -185,9 +214,12 @@ def demo_command(arguments: Sequence[str]) -> None:
         verify(folder)
         data = load(folder / CONFIG).data
         record["manifest_sha256"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    if options.real and options.gauge is not None:
-        raise UserError("give --real or --gauge, not both")
-    if options.real:
+    if options.real + options.reconstructed + (options.gauge is not None) > 1:
+        raise UserError("give one of --real, --reconstructed and --gauge")
+    if options.reconstructed:
+        vae = TextToVideo.from_pretrained(folder).to(device).vae
+        record["scores"] = judge_real(options.clips_per_action, seed=options.seed, data=data, vae=vae)
+    elif options.real:
         record["scores"] = judge_real(options.clips_per_action, seed=options.seed, data=data)
     elif options.gauge is None:
         record["scores"] = judge_generated(TextToVideo.from_pretrained(folder).to(device), options)

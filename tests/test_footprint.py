@@ -149,6 +149,11 @@ def test_a_gpu_keeps_no_matrix_of_attention_and_norms_in_float32() -> None:
 
 
 @pytest.mark.slow
+def test_a_graph_is_planned_without_a_gpu_as_what_it_replays() -> None:
+    plain = (*LEAST, "model.temporal_dropout=0")
+    assert footprint(config_of(*plain, "training.cuda_graph=true")).phases == footprint(config_of(*plain)).phases
+
+
 def test_offloaded_averages_are_not_on_the_gpu() -> None:
     held = footprint(config_of(*LEAST, "training.ema_offload=true")).phases["training step"]
     assert "averaged weights" not in held and held["optimizer"]

@@ -53,7 +53,10 @@ def replay_in_training(module: nn.Module) -> None:
     pass, for all tensors of the same shapes; its weights may change in place. Other calls are made as ever.
 
     The result and the gradients lie where the next replay writes: they must be used before, and not added up.
+    Raises UserError without a GPU.
     """
+    if not torch.cuda.is_available():
+        raise UserError("training.cuda_graph needs a GPU, and there is none; set it to false")
     plain = module.forward
     recorded: tuple[object, ...] | None = None
 

@@ -61,6 +61,18 @@ def test_prompts_are_captions_of_mini_something() -> None:
         assert len(set(prompt.colours)) == (2 if prompt.action in ("move_closer", "move_apart") else 1)
 
 
+def test_real_clips_after_an_autoencoder_that_loses_nothing_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "reconstructed", lambda frames, vae: frames // 2 * 2)
+    data = DataConfig(height=64, width=64, max_frames=8, min_frames=8, fps=4.0)
+    plain = demo.judge_real(1, seed=0, data=data)
+    lost = (again := demo.judge_real(1, seed=0, data=data, vae=torch.nn.Identity())).pop("lost")  # type: ignore[arg-type]
+    assert again["action"] == plain["action"]
+    assert 50 < lost["psnr"] < 52, "half of the values are off by one"
+    assert lost["warping_error_after"] == pytest.approx(lost["warping_error"], rel=0.05)
+    with pytest.raises(UserError, match="give one of --real, --reconstructed and --gauge"):
+        demo.demo_command(["--real", "--reconstructed"])
+
+
 def test_prompts_in_other_words_ask_for_the_same_things() -> None:
     plain, other = demo.draw_prompts(6, seed=6), demo.draw_prompts(6, seed=6, other_words=True)
     assert [read_prompt(text) for text in plain] == [read_prompt(text) for text in other]

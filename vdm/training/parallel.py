@@ -150,9 +150,8 @@ def require_possible(settings: TrainingConfig, *, there: int, num_clips: int) ->
             f"there are {num_clips} training clips for {there} processes; start at most as many processes as clips, "
             "or give more clips"
         )
-    if settings.cuda_graph and (there > 1 or not torch.cuda.is_available()):
-        where = f"{there} processes" if there > 1 else "without a GPU"
-        raise UserError(f"training.cuda_graph is for one process on a GPU, and this is {where}; leave it out")
+    if settings.cuda_graph and there > 1:
+        raise UserError(f"training.cuda_graph is for one process, and here are {there}; leave it out")
     if there > 1 and settings.optimizer_in_backward:
         raise UserError(
             "training.optimizer_in_backward moves weights before processes could exchange gradients; leave it out"
