@@ -121,22 +121,21 @@ def reconstructed(frames: np.ndarray, vae: VideoVAE) -> np.ndarray:
     return to_uint8(vae.decode(vae.encode(video).mode())[0].cpu())
 
 
-def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> dict[str, Any]:
-    """Scores of the model's clips, as long as those it was trained on; clip i starts from the noise of seed + i."""
-    prompts = draw_prompts(options.clips_per_action, seed=options.seed, other_words=options.other_words)
-    verdicts: list[Verdict] = []
+def sampled(pipe: TextToVideo, prompts: Sequence[str], *, seed: int, **options: Any) -> Iterator[np.ndarray]:
+    """Clips uint8 (T,H,W,3), as long as those that the model was trained on; clip i starts from the noise of seed + i."""
     for first in tqdm(range(0, len(prompts), BATCH), desc="sampling", unit="batch", leave=False):
         some = prompts[first : first + BATCH]
-        video = pipe(
-            some,
-            num_inference_steps=options.steps,
-            **{name: getattr(options, name) for name in ("guidance_scale", "sampler")},
-            num_frames=pipe.config.data.max_frames,
-            generator=[torch.Generator().manual_seed(options.seed + first + i) for i in range(len(some))],
-        ).frames
-        clips = (np.asarray(video) * 255).round().astype(np.uint8)
-        verdicts += [judge(clip) for clip in clips]
-    return summarise(verdicts, prompts)
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(some))]
+        frames = pipe(some, num_frames=pipe.config.data.max_frames, generator=generators, **options).frames
+        yield from (np.asarray(frames) * 255).round().astype(np.uint8)
+
+
+def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> dict[str, Any]:
+    """Scores of the model's clips."""
+    prompts = draw_prompts(options.clips_per_action, seed=options.seed, other_words=options.other_words)
+    chosen = {name: getattr(options, name) for name in ("guidance_scale", "sampler")}
+    clips = sampled(pipe, prompts, seed=options.seed, num_inference_steps=options.steps, **chosen)
+    return summarise([judge(clip) for clip in clips], prompts)
 
 
 @torch.no_grad()

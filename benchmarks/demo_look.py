@@ -16,11 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks.common import environment, write_json
-from benchmarks.demo import draw_prompts
+from benchmarks.demo import draw_prompts, sampled
 from vdm.cli import Parser, run
 from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import render_clip
@@ -29,7 +28,7 @@ from vdm.errors import UserError
 from vdm.generate import pick_device
 from vdm.pipeline import TextToVideo
 
-SIDE, FRAMES, BATCH = 16, 4, 8  # clips are compared as so many small frames
+SIDE, FRAMES = 16, 4  # clips are compared as so many small frames
 
 
 def small(clip: np.ndarray) -> np.ndarray:
@@ -44,16 +43,6 @@ def nearest(clips: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarr
     squares = (clips**2).sum(1)[:, None] + (others**2).sum(1) - 2.0 * clips @ others.T
     found = squares.argmin(1)
     return np.sqrt(((clips - others[found]) ** 2).mean(1)), found
-
-
-def sample(pipe: TextToVideo, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-    """Clips uint8 (T,H,W,3); clip i starts from the noise of seed + i."""
-    clips: list[np.ndarray] = []
-    for first in tqdm(range(0, len(prompts), BATCH), desc="sampling", unit="batch", leave=False):
-        some = prompts[first : first + BATCH]
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(some))]
-        clips += list((np.asarray(pipe(some, generator=generators).frames) * 255).round().astype(np.uint8))
-    return clips
 
 
 def trained_on(sets: Sequence[tuple[int, int]], **sizes: Any) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -93,7 +82,7 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError("--clips_per_action and the clips of --trained must be at least 1")
     pipe = TextToVideo.from_pretrained(options.checkpoint).to(pick_device(options.device))
     prompts = draw_prompts(options.clips_per_action, seed=options.seed)
-    clips = sample(pipe, prompts, seed=options.seed)
+    clips = list(sampled(pipe, prompts, seed=options.seed))
     if options.sheet:
         contact_sheet(options.sheet, clips, captions=prompts, columns_frames=4, across=4)
     data = pipe.config.data
