@@ -122,7 +122,7 @@ def reconstructed(frames: np.ndarray, vae: VideoVAE) -> np.ndarray:
 
 
 def sampled(pipe: TextToVideo, prompts: Sequence[str], *, seed: int, **options: Any) -> Iterator[np.ndarray]:
-    """Clips uint8 (T,H,W,3), as long as those that the model was trained on; clip i starts from the noise of seed + i."""
+    """Clips uint8 (T,H,W,3), as long as those that the model learned from; clip i starts from the noise of seed + i."""
     for first in tqdm(range(0, len(prompts), BATCH), desc="sampling", unit="batch", leave=False):
         some = prompts[first : first + BATCH]
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(some))]
