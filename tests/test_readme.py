@@ -76,7 +76,7 @@ def test_the_tables_of_a_gpu_are_the_saved_ones() -> None:
         rows = saved(name)["rows"]
         assert isinstance(rows, list)
         tables.append(summary([Row(**row) for row in rows]))
-    for name in ("train-step-h200.json", "train-step-eager-h200.json"):
+    for name in ("train-step-replayed-h200.json", "train-step-eager-h200.json"):
         rows = saved(name)["rows"]
         assert isinstance(rows, list)
         tables.append(train_step.table([train_step.Row(**row) for row in rows]))
