@@ -64,14 +64,14 @@ def replayed(config: UNetConfig, device: torch.device, *, autocast: torch.dtype 
 def diffusers_as_it_is(config: UNetConfig, device: torch.device, *, autocast: torch.dtype | None) -> Contender:
     """Eager; with autocast where ours has it. It has no gradient checkpointing."""
     with device:
-        unet = their_unet(config)
+        unet = randomise(their_unet(config))
     return Contender("diffusers", unet, _called(unet), autocast)
 
 
 def diffusers_tuned(config: UNetConfig, device: torch.device) -> Contender:
     """bf16 weights, channels_last, compiled."""
     with device:
-        unet = channels_last(their_unet(config).to(torch.bfloat16))
+        unet = channels_last(randomise(their_unet(config)).to(torch.bfloat16))
     return Contender("diffusers tuned", unet, _called(torch.compile(unet, dynamic=False)), torch.bfloat16)
 
 
