@@ -136,6 +136,16 @@ def test_the_table_of_the_evaluation_is_the_saved_one() -> None:
         assert f"| `{name}` | {value} | {low:.4g} to {high:.4g} | {real} | {frozen} | {shuffled} |" in README, name
 
 
+def test_what_the_autoencoder_leaves_is_the_saved_one() -> None:
+    scores = saved("demo-reconstructed-cpu.json")["scores"]
+    assert isinstance(scores, dict)
+    lost, counts = scores["lost"], [f"{scores[name]['right']} of 160" for name in ("action", "colour", "shape")]
+    cells = [f"{lost['psnr']:.2f} dB", *counts, f"{lost['warping_error_after']:.6f}"]
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert f"| after the autoencoder | {' | '.join(cells)} |" in page and f"| {lost['warping_error']:.6f} |" in page
+    assert lost["psnr"] > 30 and lost["warping_error_after"] < 1.1 * lost["warping_error"], "what we set out for"
+
+
 def test_the_table_of_the_judge_of_actions_is_the_saved_one() -> None:
     record = saved("actions-cpu.json")
     assert [line for line in actions_table(record) if line not in METRICS] == []
