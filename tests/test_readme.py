@@ -146,6 +146,15 @@ def test_what_the_autoencoder_leaves_is_the_saved_one() -> None:
     assert lost["psnr"] > 30 and lost["warping_error_after"] < 1.1 * lost["warping_error"], "what we set out for"
 
 
+def test_the_distances_to_what_was_trained_on_are_the_saved_ones() -> None:
+    record, page = saved("demo-look-cpu.json"), (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    for name, shown in (("samples", "samples"), ("held out", "held-out clips")):
+        row = record[name]
+        assert isinstance(row, dict)
+        assert f"| {row['clips']} {shown} | {row['nearest']:.4f} | {row['median']:.4f} |" in page
+    assert record["nearer than any held out"] == 0
+
+
 def test_the_table_of_the_judge_of_actions_is_the_saved_one() -> None:
     record = saved("actions-cpu.json")
     assert [line for line in actions_table(record) if line not in METRICS] == []
