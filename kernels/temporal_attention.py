@@ -51,10 +51,8 @@ def why_not(qkv: Tensor) -> str | None:
         return f"the kernel takes float16, bfloat16, float32 and, interpreted, float64, got {qkv.dtype}"
     if qkv.device.type != "cuda" and not INTERPRETED:
         return f"the kernel needs a CUDA device, and the tensor is on {qkv.device.type}"
-    if qkv.dtype == torch.float64 and not INTERPRETED:
-        return (
-            "on a GPU the kernel takes float16, bfloat16 and float32, got torch.float64"  # which Triton cannot compile
-        )
+    if qkv.dtype == torch.float64 and not INTERPRETED:  # which Triton cannot compile
+        return "on a GPU the kernel takes float16, bfloat16 and float32, got torch.float64"
     return None
 
 

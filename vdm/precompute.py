@@ -32,7 +32,7 @@ from vdm.weights import SUFFIX
 
 SHARD_BYTES, MOST_CLIPS = 128 << 20, 256  # of a shard, at most: what is lost when it is killed
 TEXTS_AT_ONCE = 64
-PIXELS_AT_ONCE = 2**21  # of frames that a GPU encodes at a time: many small clips, or one large one
+PIXELS_AT_ONCE = 2**21  # of frames that wait to be encoded, on a GPU together: many small clips, or one large one
 
 
 def write_cache(config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -156,7 +156,7 @@ class Writer:
                 if mirrors:
                     waiting[look_name(index, crop, True)] = mirrored = frames.copy()
                     flip(mirrored)
-            if self.device.type == "cpu" or sum(frames[..., 0].size for frames in waiting.values()) >= PIXELS_AT_ONCE:
+            if sum(frames[..., 0].size for frames in waiting.values()) >= PIXELS_AT_ONCE:
                 latents |= self._moments(waiting)
                 waiting = {}
             bar.update()

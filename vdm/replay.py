@@ -57,11 +57,11 @@ def replay_in_training(module: nn.Module) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("training.cuda_graph needs a GPU, and there is none; set it to false")
-    plain = module.forward
-    recorded: tuple[object, ...] | None = None
+    plain: Callable[..., Tensor] = module.forward
+    replay, recorded = plain, None
 
     def forward(*tensors: Tensor) -> Tensor:
-        nonlocal recorded
+        nonlocal replay, recorded
         if not (module.training and torch.is_grad_enabled()):
             return plain(*tensors)
         signature = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
@@ -69,12 +69,11 @@ def replay_in_training(module: nn.Module) -> None:
             module.forward = plain
             try:
                 _record_training(module, tensors)
-                forward.replay = module.forward  # type: ignore[attr-defined]
+                replay = module.forward
             finally:
                 module.forward = forward
             recorded = signature
-        replay: Callable[..., Tensor] = forward.replay if signature == recorded else plain  # type: ignore[attr-defined]
-        return replay(*tensors)
+        return replay(*tensors) if signature == recorded else plain(*tensors)
 
     module.forward = forward
 
