@@ -2,7 +2,8 @@
 
 One pass sums, one applies: x is read twice and written once, and what SiLU needs is computed again from x. The rows of
 one instance are shared out among programs, since there are far fewer groups than a GPU has units; each leaves its
-sums per channel, which are put together in a fixed order. So the bits do not depend on the GPU, nor on chance.
+sums per channel, which are put together in a fixed order. So the bits do not depend on the GPU, nor on chance. A
+program adds up its tiles element by element, and across rows only once, at its end: between two loads nothing waits.
 
 Suffixes: R rows (positions), C channels, of a program; S splits of an instance's rows; G groups; W channels of a group.
 """
@@ -16,8 +17,8 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BLOCK_R, BLOCK_C = 32, 64  # rows and channels of a tile
-PROGRAMS = 512  # that share the sums; more than any GPU has units
-BLOCK_S = 16  # splits that are put together at a time
+SUMMING, APPLYING = 2048, 8192  # programs at least, where there are rows for them: many loads have to be under way
+BLOCK_S = 64  # splits that are put together at a time
 MAX_WIDTH = 256  # channels of a group
 
 
@@ -97,21 +98,23 @@ def _moments_kernel(
     """x (N, R, C) by strides -> parts (N, S, 2, C): each channel's mean and sum of squared deviations from it."""
     n, split, start, end, c_C = _part(R, C, S, rows, BLOCK_R, BLOCK_C)
     base = x + n * sn
-    # Tile by tile, each about its own mean (Chan et al. 1979), so that nothing cancels wherever the mean is.
-    mean, squares = tl.zeros((BLOCK_C,), ACC), tl.zeros((BLOCK_C,), ACC)
+    # About the mean of the first tile: the squares then lose no more digits than there are tiles to count, wherever the
+    # mean of all is (by the inequality of Cauchy and Schwarz).
+    r_R = start + tl.arange(0, BLOCK_R)
+    tile = _load(base, r_R, c_C, (r_R < end)[:, None] & (c_C < C)[None, :], sr, sc, ACC)
+    pivot = tl.sum(tile, axis=0) / (tl.minimum(end, start + BLOCK_R) - start).to(ACC)
+    plain, squares = tl.zeros((BLOCK_R, BLOCK_C), ACC), tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for first in range(start, end, BLOCK_R):
         r_R = first + tl.arange(0, BLOCK_R)
         keep_RC = (r_R < end)[:, None] & (c_C < C)[None, :]
-        tile = _load(base, r_R, c_C, keep_RC, sr, sc, ACC)
-        here, before = (tl.minimum(end, first + BLOCK_R) - first).to(ACC), (first - start).to(ACC)
-        center = tl.sum(tile, axis=0) / here
-        apart = tl.where(keep_RC, tile - center[None, :], 0.0)
-        shift = center - mean
-        squares += tl.sum(apart * apart, axis=0) + shift * shift * (before * here / (before + here))
-        mean += shift * (here / (before + here))
+        apart = tl.where(keep_RC, _load(base, r_R, c_C, keep_RC, sr, sc, ACC) - pivot[None, :], 0.0)
+        plain += apart
+        squares += apart * apart
+    count = (end - start).to(ACC)
+    shift = tl.sum(plain, axis=0) / count
     to = parts + (n * S + split) * 2 * C + c_C
-    tl.store(to, mean, mask=c_C < C)
-    tl.store(to + C, squares, mask=c_C < C)
+    tl.store(to, pivot + shift, mask=c_C < C)
+    tl.store(to + C, tl.sum(squares, axis=0) - shift * shift * count, mask=c_C < C)
 
 
 @triton.jit(do_not_specialize=["R", "S", "rows"])
@@ -181,17 +184,38 @@ def _sums_kernel(
     n, split, start, end, c_C = _part(R, C, S, rows, BLOCK_R, BLOCK_C)
     mean_C, rstd_C = _statistics(mean, rstd, n, c_C, C, G, W)
     w_C, b_C = _affine(weight, bias, c_C, C, ACC)
-    plain, weighted = tl.zeros((BLOCK_C,), ACC), tl.zeros((BLOCK_C,), ACC)
+    plain, weighted = tl.zeros((BLOCK_R, BLOCK_C), ACC), tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for first in range(start, end, BLOCK_R):
         r_R = first + tl.arange(0, BLOCK_R)
         keep_RC = (r_R < end)[:, None] & (c_C < C)[None, :]
         normed = (_load(x + n * sn, r_R, c_C, keep_RC, sr, sc, ACC) - mean_C) * rstd_C
         dz = _before_silu(_load(grad + n * gn, r_R, c_C, keep_RC, gr, gc, ACC), normed * w_C + b_C, SILU)
-        plain += tl.sum(dz, axis=0)
-        weighted += tl.sum(dz * normed, axis=0)
+        plain += dz
+        weighted += dz * normed
     to = parts + (n * S + split) * 2 * C + c_C
-    tl.store(to, plain, mask=c_C < C)
-    tl.store(to + C, weighted, mask=c_C < C)
+    tl.store(to, tl.sum(plain, axis=0), mask=c_C < C)
+    tl.store(to + C, tl.sum(weighted, axis=0), mask=c_C < C)
+
+
+@triton.jit(do_not_specialize=["R", "S"])
+def _means_kernel(
+    parts, weight, plain, weighted, R, C, S, G, W, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr
+):  # fmt: skip
+    """parts (N, S, 2, C) -> plain, weighted (N, G): their sums over parts, times weight, as means over a group."""
+    program = tl.program_id(0).to(tl.int64)
+    n, c_W = program // G, program % G * W + tl.arange(0, BLOCK_W)
+    keep_W = tl.arange(0, BLOCK_W) < W
+    base = parts + n * S * 2 * C
+    first_sum, second_sum = tl.zeros((BLOCK_S, BLOCK_W), ACC), tl.zeros((BLOCK_S, BLOCK_W), ACC)
+    for first in range(0, S, BLOCK_S):
+        s_S = first + tl.arange(0, BLOCK_S)
+        keep = (s_S < S)[:, None] & keep_W[None, :]
+        at = base + s_S[:, None] * 2 * C + c_W[None, :]
+        first_sum += tl.load(at, mask=keep, other=0.0)
+        second_sum += tl.load(at + C, mask=keep, other=0.0)
+    w, size = tl.load(weight + c_W, mask=keep_W, other=0.0).to(ACC), R.to(ACC) * W
+    tl.store(plain + program, tl.sum(tl.sum(first_sum, axis=0) * w, axis=0) / size)
+    tl.store(weighted + program, tl.sum(tl.sum(second_sum, axis=0) * w, axis=0) / size)
 
 
 @triton.jit(do_not_specialize=["R", "S", "rows"])
@@ -230,10 +254,15 @@ def constants(dtype: torch.dtype) -> dict[str, object]:
     return {"ACC": acc, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": 4}
 
 
-def splits(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+def constants_of_groups(dtype: torch.dtype, width: int) -> dict[str, object]:
+    """The same of the kernels that put the parts of groups together."""
+    return {"ACC": constants(dtype)["ACC"], "BLOCK_S": BLOCK_S, "BLOCK_W": triton.next_power_of_2(width)}
+
+
+def splits(shape: torch.Size | tuple[int, ...], programs: int) -> tuple[int, int]:
     """Into how many parts the rows of an instance are split, and the rows of each, for (N, R, C)."""
     N, R, C = shape
-    wanted = triton.cdiv(PROGRAMS, N * triton.cdiv(C, BLOCK_C))
+    wanted = triton.cdiv(programs, N * triton.cdiv(C, BLOCK_C))
     rows = triton.cdiv(triton.cdiv(R, min(wanted, triton.cdiv(R, BLOCK_R))), BLOCK_R) * BLOCK_R
     return triton.cdiv(R, rows), rows
 
@@ -246,17 +275,16 @@ def run_forward(
     mean, rstd = (x.new_empty(N, groups, dtype=accumulator(x.dtype)) for _ in range(2))
     if not x.numel():
         return y, mean, rstd
-    (S, rows), W, tiles = splits(x.shape), C // groups, constants(x.dtype)
+    (S, rows), W, across, tiles = splits(x.shape, SUMMING), C // groups, triton.cdiv(C, BLOCK_C), constants(x.dtype)
     parts = mean.new_empty(N, S, 2, C)
-    programs = (N * S * triton.cdiv(C, BLOCK_C),)
-    block_w = triton.next_power_of_2(W)
     with torch.cuda.device_of(x):
-        _moments_kernel[programs](x, parts, R, C, S, rows, *x.stride(), **tiles)
+        _moments_kernel[(N * S * across,)](x, parts, R, C, S, rows, *x.stride(), **tiles)
         _statistics_kernel[(N * groups,)](
-            parts, mean, rstd, R, C, S, groups, W, rows, EPS=eps, ACC=tiles["ACC"], BLOCK_S=BLOCK_S, BLOCK_W=block_w
+            parts, mean, rstd, R, C, S, groups, W, rows, EPS=eps, **constants_of_groups(x.dtype, W)
         )
+        S, rows = splits(x.shape, APPLYING)
         sizes = (R, C, S, groups, W, rows)
-        _apply_kernel[programs](x, weight, bias, mean, rstd, y, *sizes, *x.stride(), SILU=silu, **tiles)
+        _apply_kernel[(N * S * across,)](x, weight, bias, mean, rstd, y, *sizes, *x.stride(), SILU=silu, **tiles)
     return y, mean, rstd
 
 
@@ -265,22 +293,20 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill dx (N, R, C), contiguous; returns it, and the gradients of weight and bias, (C,)."""
     N, R, C = x.shape
-    G = mean.shape[1]
+    G, W, across, tiles = mean.shape[1], C // mean.shape[1], triton.cdiv(C, BLOCK_C), constants(x.dtype)
     if not x.numel():
         return dx, torch.zeros_like(weight), torch.zeros_like(bias)
-    (S, rows), tiles = splits(x.shape), constants(x.dtype)
-    parts = mean.new_empty(N, S, 2, C)
-    programs = (N * S * triton.cdiv(C, BLOCK_C),)
+    S, rows = splits(x.shape, SUMMING)
+    parts, plain, weighted = mean.new_empty(N, S, 2, C), torch.empty_like(mean), torch.empty_like(mean)
     given, strides = (grad, x, weight, bias, mean, rstd), (*grad.stride(), *x.stride())
-    sizes = (R, C, S, G, C // G, rows)
     with torch.cuda.device_of(x):
-        _sums_kernel[programs](*given, parts, *sizes, *strides, SILU=silu, **tiles)
-        sums = parts.sum(1)  # (N, 2, C): dz, dz * normed x
-        means = (sums * weight).unflatten(2, (G, -1)).sum(3) / (R * (C // G))  # (N, 2, G)
-        _backward_kernel[programs](
-            *given, *means.transpose(0, 1).contiguous(), dx, *sizes, *strides, SILU=silu, **tiles
-        )
-    return dx, sums[:, 1].sum(0).to(weight.dtype), sums[:, 0].sum(0).to(bias.dtype)
+        _sums_kernel[(N * S * across,)](*given, parts, R, C, S, G, W, rows, *strides, SILU=silu, **tiles)
+        _means_kernel[(N * G,)](parts, weight, plain, weighted, R, C, S, G, W, **constants_of_groups(x.dtype, W))
+        S, rows = splits(x.shape, APPLYING)
+        sizes = (R, C, S, G, W, rows)
+        _backward_kernel[(N * S * across,)](*given, plain, weighted, dx, *sizes, *strides, SILU=silu, **tiles)
+    dbias, dweight = (parts[:, :, which].sum((0, 1)) for which in (0, 1))
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 # Operators that torch.compile, gradient checkpointing and the like see as one

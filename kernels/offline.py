@@ -94,11 +94,10 @@ def group_norm_resources(channels: int, dtype: torch.dtype, *, backward: bool, a
     arguments: dict[str, object] = {name: dtype for name in ("x", "y", "grad", "dx")} | tiles | {"SILU": True}
     arguments |= {name: wide for name in ("mean", "rstd", "parts", "plain", "weighted")}
     arguments |= {"weight": torch.float32, "bias": torch.float32, "R": 1024, "C": channels, "S": 2, "rows": 512}
-    arguments |= {"G": 32, "W": channels // 32, "EPS": 1e-5, "BLOCK_S": group_norm.BLOCK_S}
-    arguments["BLOCK_W"] = triton.next_power_of_2(channels // 32)
+    arguments |= {"G": 32, "W": channels // 32, "EPS": 1e-5} | group_norm.constants_of_groups(dtype, channels // 32)
     arguments |= {f"{which}{axis}": stride for which in "sg" for axis, stride in strides.items()}
     if backward:
-        kernels = (group_norm._sums_kernel, group_norm._backward_kernel)
+        kernels = (group_norm._sums_kernel, group_norm._means_kernel, group_norm._backward_kernel)
     else:
         kernels = (group_norm._moments_kernel, group_norm._statistics_kernel, group_norm._apply_kernel)
     found = [resources(kernel, arguments, arch=arch) for kernel in kernels]

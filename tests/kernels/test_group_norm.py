@@ -106,7 +106,7 @@ def test_a_mean_far_from_zero_costs_no_more_than_its_own_digits(mean: float) -> 
 
 
 def test_one_row_far_from_all_others_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROGRAMS", 1)  # so that one program takes all rows
+    monkeypatch.setattr(module, "SUMMING", 1)  # so that one program takes all rows
     x = channels_last(1, 8, 300)
     x[..., 0] = 300.0
     assert max(errors(x.float(), 2, False)) < 1e-5
@@ -121,10 +121,10 @@ def test_numbers_that_are_all_equal() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 320), (64, 1024, 320), (1, 65_536, 320), (4, 16_384, 2560), (700, 5, 32)])
 def test_rows_are_split_among_enough_programs_and_none_is_left_out(shape: tuple[int, int, int]) -> None:
-    count, rows = splits(shape)
+    count, rows = splits(shape, module.SUMMING)
     assert (count - 1) * rows < shape[1] <= count * rows
     programs = count * shape[0] * -(-shape[2] // module.BLOCK_C)
-    assert programs >= min(module.PROGRAMS // 2, shape[0] * -(-shape[1] // module.BLOCK_R))
+    assert programs >= min(module.SUMMING // 2, shape[0] * -(-shape[1] // module.BLOCK_R))
 
 
 def test_gradcheck() -> None:
