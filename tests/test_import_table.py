@@ -14,13 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("data", "text", "models", "diffusion", "metrics")
-LEAVES = ("vdm.errors", "vdm.files", "vdm.templates", "vdm.vocabulary", "vdm.weights")
+LEAVES = ("vdm.errors", "vdm.files", "vdm.templates", "vdm.vocabulary", "vdm.webpage", "vdm.weights")
 # What these may import of vdm, besides themselves. A module that is not named here may import what it needs.
 MAY_IMPORT = {
     **{f"vdm.{part}": LEAVES for part in PARTS},
     **{leaf: () for leaf in LEAVES},
     "vdm.weights": ("vdm.errors",),
     "vdm.files": ("vdm.errors",),
+    "vdm.webpage": ("vdm.files",),
     "vdm.spelling": ("vdm.errors",),
     "vdm.training.settings": ("vdm.errors",),
     "vdm.checkpoint": ("vdm.errors", "vdm.weights", "vdm.__version__"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import re
@@ -14,10 +13,9 @@ from typing import TypeVar
 from vdm import charts
 from vdm.charts import Curve, chart
 from vdm.config import Config
-from vdm.data import view
-from vdm.files import replacing
 from vdm.rundir import Preview, Record, Run, read_run
 from vdm.training.diagnostics import ERROR, NUM_BINS, alarms
+from vdm.webpage import video, write_page
 
 T = TypeVar("T")
 MOST_STEPS, MOST_CLIPS = 8, 8  # of previews that are shown
@@ -68,14 +66,12 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     output = run_dir / "report.html" if output is None else output
-    page = _page(run)
-    with replacing(output, remedy="choose another --output") as file:
-        file.write_bytes(page.encode("utf-8", "replace"))
-    return output
-
-
-def _page(run: Run) -> str:
     name = run.config.name if run.config is not None else run.folder.resolve().name
+    styles, script = f"{charts.STYLE}{STYLE}", f"{charts.SCRIPT}{SCRIPT}"
+    return write_page(output, name, _body(run, name), style=styles, script=script, remedy="choose another --output")
+
+
+def _body(run: Run, name: str) -> str:
     parts = [
         f"<h1>{html.escape(name)}</h1>\n<p>{html.escape(_state(run))}</p>\n",
         *(f'<p class="alarm">{html.escape(sentence)}</p>\n' for sentence in warnings(run)),
@@ -84,11 +80,7 @@ def _page(run: Run) -> str:
         _section("Environment", _starts(run.starts), "starts"),
         _section("Config", _config(run), "config"),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(name)}</title>\n'
-        f"<style>{view.STYLE}{charts.STYLE}{STYLE}</style>\n</head>\n<body>\n{''.join(parts)}"
-        f"<script>{charts.SCRIPT}{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return "".join(parts)
 
 
 def _section(title: str, content: str, kind: str) -> str:
@@ -207,11 +199,10 @@ def _video(preview: Preview, number: int) -> str:
     if number >= len(preview.clips):
         return ""
     try:
-        data = base64.b64encode(preview.clips[number].read_bytes()).decode()
+        mp4 = preview.clips[number].read_bytes()
     except OSError:
         return ""
-    title = html.escape(preview.captions[number])
-    return f'<video muted playsinline title="{title}" src="data:video/mp4;base64,{data}"></video>'
+    return video(mp4, f'title="{html.escape(preview.captions[number])}"')
 
 
 # ---- config and environment

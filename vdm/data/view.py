@@ -12,23 +12,15 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from vdm import webpage
 from vdm.data.dataset import ClipDataset
 from vdm.data.find import guess_format
 from vdm.data.loader import Batch, batches
 from vdm.data.settings import DataConfig
 from vdm.data.transforms import Frames
 from vdm.data.video import write_video
-from vdm.files import replacing
 
 STRIP_HEIGHT = 64  # pixels of the frames beneath a clip
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1.5em }
-figure { margin: 0; border: 1px solid #ddd; border-radius: 6px; padding: .7em }
-video { width: 100%; background: #000; image-rendering: pixelated }
-.strip { overflow-x: auto; margin: .4em 0 } .strip img { display: block }
-figcaption b { display: block; font-weight: 600 } small { color: #666 }
-"""
 
 
 def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -> int:
@@ -47,26 +39,23 @@ def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -
     changed = [
         f"{name} {value}" for name, value in vars(config).items() if value != getattr(DataConfig(), name) and value
     ]  # fmt: skip
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        f"<p>{len(clips)} clips to train on, seed {seed}; {html.escape(', '.join(changed))}</p>\n"
-        f"<main>\n{''.join(figures)}</main>\n</body>\n</html>\n"
+    body = (
+        f"<h1>{html.escape(title)}</h1>\n<p>{len(clips)} clips to train on, seed {seed}; "
+        f"{html.escape(', '.join(changed))}</p>\n<main>\n{''.join(figures)}</main>"
     )
-    with replacing(output, remedy="choose another --output") as file:
-        file.write_bytes(page.encode("utf-8", "replace"))
+    webpage.write_page(output, title, body, remedy="choose another --output")
     return num_clips
 
 
 def _figure(batch: Batch, fps: float, file: Path) -> str:
     frames = batch.video[0].permute(1, 2, 3, 0).numpy()
     write_video(file, frames, fps=fps)
-    video = base64.b64encode(file.read_bytes()).decode()
+    video = webpage.video(file.read_bytes(), "controls loop")
     length, height, width = frames.shape[:3]
     about = f"clip {batch.ids[0]}, position {batch.positions[0]}: {length} frames of {width}x{height} at {fps:g} fps"
     left_out = "".join(f"<br>in place of {html.escape(f'{name}: {reason}')}" for name, reason in batch.bad)
     return (
-        f'<figure>\n<video controls loop muted playsinline src="data:video/mp4;base64,{video}"></video>\n'
+        f"<figure>\n{video}\n"
         f'<div class="strip"><img alt="its frames" src="data:image/jpeg;base64,{_strip(frames)}"></div>\n'
         f"<figcaption><b>{html.escape(batch.captions[0])}</b><small>{html.escape(about)}{left_out}</small></figcaption>\n"
         "</figure>\n"

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from vdm import charts
 from vdm.charts import Curve, chart
-from vdm.data import view
 from vdm.evaluation.records import Record, interval
-from vdm.files import replacing
+from vdm.webpage import write_page
 
 FILE = "compare.html"
 STYLE = """
@@ -72,14 +71,9 @@ def write_compare_page(folder: Path, runs: Sequence[Run], metrics: Sequence[str]
         "<p><small>Shaded: the 95 % interval of each value. Values of the same clips differ by less than two intervals "
         f'suggest; see below.</small></p>\n<div class="charts">\n{figures}</div>\n{_differences(runs, rows)}'
     )
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{view.STYLE}{charts.STYLE}{STYLE}</style>\n</head>\n<body>\n{body}"
-        f"<script>{charts.SCRIPT}</script>\n</body>\n</html>\n"
-    )
-    with replacing(folder / FILE, remedy="choose another --output_dir") as file:
-        file.write_bytes(page.encode("utf-8", "replace"))
-    return folder / FILE
+    styles = f"{charts.STYLE}{STYLE}"
+    remedy = "choose another --output_dir"
+    return write_page(folder / FILE, title, body, style=styles, script=charts.SCRIPT, remedy=remedy)
 
 
 def _runs(runs: Sequence[Run], along: str, at: Sequence[int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vdm.data import view
+from vdm import webpage
 from vdm.data.transforms import Frames
 from vdm.data.video import write_video
 from vdm.evaluation import bars
@@ -20,7 +19,6 @@ from vdm.evaluation.catalogue import Metric
 from vdm.evaluation.clips import Clip, Shape, read_generated, read_reference
 from vdm.evaluation.per_clip import Line
 from vdm.evaluation.records import Record, interval, notes_of, number
-from vdm.files import replacing
 from vdm.metrics.intervals import wilson
 
 FILE = "report.html"
@@ -80,14 +78,9 @@ def write_page(folder: Path, content: Content) -> Path:
         _clips(content),
         _protocols(content.records),
     ]
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{view.STYLE}{bars.STYLE}{STYLE}</style>\n</head>\n<body>\n{''.join(parts)}"
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
-    with replacing(folder / FILE, remedy="choose another --output_dir") as file:
-        file.write_bytes(page.encode("utf-8", "replace"))
-    return folder / FILE
+    styles = f"{bars.STYLE}{STYLE}"
+    remedy = "choose another --output_dir"
+    return webpage.write_page(folder / FILE, title, "".join(parts), style=styles, script=SCRIPT, remedy=remedy)
 
 
 # ---- records
@@ -247,5 +240,4 @@ def _pairs(
 def _video(frames: Frames, fps: float, file: Path) -> str:
     """Encoded anew, so that a browser plays whatever the file was."""
     write_video(file, frames, fps=fps)
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    return webpage.video(file.read_bytes(), "autoplay loop")
