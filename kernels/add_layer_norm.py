@@ -91,7 +91,7 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     c_C = tl.arange(0, BLOCK_C)
     w = tl.load(weight + c_C, mask=c_C < C, other=0.0).to(ACC)
-    plain, weighted = tl.zeros((BLOCK_C,), ACC), tl.zeros((BLOCK_C,), ACC)
+    plain, weighted = tl.zeros((BLOCK_R, BLOCK_C), ACC), tl.zeros((BLOCK_R, BLOCK_C), ACC)
     end = tl.minimum(R, (program + 1) * rows)
     for first in range(program * rows, end, BLOCK_R):
         r_R = first + tl.arange(0, BLOCK_R)
@@ -100,15 +100,15 @@ def _backward_kernel(
         scale = tl.load(rstd + r_R, mask=r_R < end, other=0.0)[:, None]
         normed = tl.where(keep_RC, (_load(total, r_R, c_C, keep_RC, C, 1, ACC) - center) * scale, 0.0)
         g = _load(dy, r_R, c_C, keep_RC, yr, yc, ACC)
-        plain += tl.sum(g, axis=0)
-        weighted += tl.sum(g * normed, axis=0)
+        plain += g
+        weighted += g * normed
         g = g * w[None, :]
         d = g - (tl.sum(g, axis=1) / C)[:, None] - normed * (tl.sum(g * normed, axis=1) / C)[:, None]
         d = d * scale + _load(dtotal, r_R, c_C, keep_RC, tr, tc, ACC)
         tl.store(dx + r_R[:, None] * C + c_C[None, :], d.to(dx.dtype.element_ty), mask=keep_RC)
     to = parts + program * 2 * C + c_C
-    tl.store(to, plain, mask=c_C < C)
-    tl.store(to + C, weighted, mask=c_C < C)
+    tl.store(to, tl.sum(plain, axis=0), mask=c_C < C)
+    tl.store(to + C, tl.sum(weighted, axis=0), mask=c_C < C)
 
 
 # Under TRITON_INTERPRET=1 the kernels run on the CPU, as numpy.
