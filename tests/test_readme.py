@@ -122,6 +122,8 @@ def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
         row = scores[name]
         share, low, high, chance = (f"{100 * x:.0f}" for x in (row["value"], *row["ci95"], row["chance"]))
         assert f"| {row['right']} of {row['clips']}, {share} % [{low}, {high}] | {chance} % |" in README, name
+    counts = " | ".join("{right} of {clips}".format(**scores[name]) for name in ("action", "colour", "shape", "joint"))
+    assert f"| {counts} |\n" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_the_evaluation_is_the_saved_one() -> None:
