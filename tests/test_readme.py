@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import train_step
+from benchmarks import demo_table, train_step
 from benchmarks.actions import table as actions_table
 from benchmarks.data import table
 from benchmarks.demo import SCORES
@@ -124,6 +124,13 @@ def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
         assert f"| {row['right']} of {row['clips']}, {share} % [{low}, {high}] | {chance} % |" in README, name
     counts = " | ".join("{right} of {clips}".format(**scores[name]) for name in ("action", "colour", "shape", "joint"))
     assert f"| {counts} |\n" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_steps_and_samplers_is_the_saved_one() -> None:
+    rows = saved("demo-table-cpu.json")["rows"]
+    assert isinstance(rows, list) and len(rows) == len(list(demo_table.settings()))
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert [line for line in demo_table.table(rows) if line not in page] == []
 
 
 def test_the_table_of_the_evaluation_is_the_saved_one() -> None:
