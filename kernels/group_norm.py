@@ -55,9 +55,6 @@ def why_not(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> str | None:
     return None
 
 
-# The kernels
-
-
 @triton.jit
 def _part(R, C, S, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Instance, split, its first row and the row behind its last, channels of this program."""
@@ -241,9 +238,6 @@ def _backward_kernel(
 INTERPRETED = not isinstance(_apply_kernel, triton.JITFunction)
 
 
-# Launching them
-
-
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -279,9 +273,8 @@ def run_forward(
     parts = mean.new_empty(N, S, 2, C)
     with torch.cuda.device_of(x):
         _moments_kernel[(N * S * across,)](x, parts, R, C, S, rows, *x.stride(), **tiles)
-        _statistics_kernel[(N * groups,)](
-            parts, mean, rstd, R, C, S, groups, W, rows, EPS=eps, **constants_of_groups(x.dtype, W)
-        )
+        per_group = constants_of_groups(x.dtype, W)
+        _statistics_kernel[(N * groups,)](parts, mean, rstd, R, C, S, groups, W, rows, EPS=eps, **per_group)
         S, rows = splits(x.shape, APPLYING)
         sizes = (R, C, S, groups, W, rows)
         _apply_kernel[(N * S * across,)](x, weight, bias, mean, rstd, y, *sizes, *x.stride(), SILU=silu, **tiles)
