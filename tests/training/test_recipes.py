@@ -70,6 +70,7 @@ def seen(shared: UNetTask, *overrides: str, training: bool = True) -> dict[str, 
 
 
 SWITCHES = {
+    "training.timestep_sampling=logit_normal": {"t", "loss"},
     "training.offset_noise=0.1": {"noise", "loss"},
     "training.frame_noise_correlation=0.5": {"noise", "loss"},
     "training.caption_dropout=1": {"context", "loss"},

@@ -46,6 +46,10 @@ class TrainingConfig:
     ema_decay: float = 0.9999  # 0 makes the averaged weights the weights themselves
     caption_dropout: float = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
 
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"  # task "unet": how often each time step is drawn
+    logit_mean: float = 0.0  # of "logit_normal": below 0 draws more steps of little noise, above 0 more of much,
+    logit_std: float = 1.0  # and the wider, the more of both ends
+
     offset_noise: float = 0.0  # task "unet": strength of noise that is one number for each channel of a clip
     frame_noise_correlation: float = 0.0  # share of the noise's variance that all frames of a clip have in common
 
@@ -102,7 +106,15 @@ class TrainingConfig:
             "offset_noise",
         ):
             self._require(name, at_least=0)
-        for name in ("learning_rate", "epsilon", "max_grad_norm", "max_train_epochs", "max_train_hours", "lora_alpha"):
+        for name in (
+            "logit_std",
+            "learning_rate",
+            "epsilon",
+            "max_grad_norm",
+            "max_train_epochs",
+            "max_train_hours",
+            "lora_alpha",
+        ):
             self._require(name, above=0)
         for name in ("adam_beta1", "adam_beta2", "ema_decay", "frame_noise_correlation"):
             self._require(name, at_least=0, below=1)

@@ -28,7 +28,7 @@ from vdm.models.vae import LatentDistribution
 from vdm.pipeline import TextToVideo
 from vdm.training.cached import open_cache, reads_text
 from vdm.training.diagnostics import by_timestep, judge
-from vdm.training.draws import HELD_OUT, NOISE, POSTERIOR, clip_generator
+from vdm.training.draws import HELD_OUT, NOISE, POSTERIOR, clip_generator, draw_timestep
 from vdm.training.faults import single
 from vdm.training.groups import choose_what_learns
 from vdm.training.preview import write_preview
@@ -211,7 +211,7 @@ class UNetTask(LatentTask):
         noise, times, captions = [], [], []
         for position, caption in zip(batch.positions, batch.captions, strict=True):
             draw = clip_generator(self.config.seed, position, NOISE)
-            times.append(int(torch.randint(num_steps, (), generator=draw)))
+            times.append(draw_timestep(num_steps, draw, self.config.training))
             dropped = float(torch.rand((), generator=draw)) < self.config.training.caption_dropout
             captions.append("" if dropped else caption)
             noise.append(self._relate(torch.randn(x0.shape[1:], generator=draw), draw))
