@@ -24,16 +24,12 @@ def pipe() -> TextToVideo:
 
 def test_the_less_noise_the_nearer_to_the_clip(pipe: TextToVideo) -> None:
     clips = list(islice(rendered(0, actions=["move_down", "cover"], seed=0, data=pipe.config.data), 2))
-    errors = {}
-    for level in (0.02, 0.1, 1.0):
-        video, errors[level] = demo_stages.denoised(pipe, clips, level=level, steps=50 if level < 1 else 4)
-        assert video.shape == (2, 3, 16, 64, 64)
-    assert (errors[0.02] < errors[0.1]).all() and (errors[0.1] < errors[1.0]).all()
-    shown, _ = demo_stages.denoised(pipe, clips, level=0.02, steps=50)
+    shown, little = demo_stages.denoised(pipe, clips, level=0.02, steps=50)
+    assert shown.shape == (2, 3, 16, 64, 64)
+    _, more = demo_stages.denoised(pipe, clips, level=0.1, steps=50)
+    assert (little < more).all()
     wanted = torch.stack([to_float(to_video(clip.frames)) for clip in clips])
-    assert (
-        shown.clamp(-1, 1) - wanted
-    ).square().mean() < 0.01  # under 0.5 % of the squared range: the clips themselves
+    assert (shown.clamp(-1, 1) - wanted).square().mean() < 0.01  # of a squared range of 4: the clips themselves
 
 
 def test_clips_are_denoised_by_the_network_at_hand(pipe: TextToVideo, monkeypatch: pytest.MonkeyPatch) -> None:
