@@ -7,7 +7,6 @@ level: the layout was there.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -26,7 +25,7 @@ from vdm.cli import Parser, run
 from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered
 from vdm.data.video import to_float, to_uint8, to_video
-from vdm.diffusion import guided
+from vdm.diffusion import ddim_sample, guided
 from vdm.errors import UserError
 from vdm.generate import pick_device
 from vdm.metrics.actions import judge
@@ -44,8 +43,9 @@ def denoised(pipe: TextToVideo, clips: Sequence[Rendered], *, level: float, step
     taken. Raises UserError if there are none.
     """
     schedule, total = pipe.schedule, len(pipe.schedule.betas)
-    path = [one for one in schedule.transitions(steps, end=schedule.final_alpha_cumprod) if one[0] < level * total]
-    if not path:
+    times = schedule.timesteps(steps)
+    left = times[times < level * total]
+    if not len(left):
         raise UserError(f"none of {steps} steps is below {level} of the schedule; raise --steps or --levels")
     video = torch.stack([to_float(to_video(clip.frames)) for clip in clips]).to(pipe.device)
     z = pipe.vae.encode(video).mode()
@@ -56,12 +56,8 @@ def denoised(pipe: TextToVideo, clips: Sequence[Rendered], *, level: float, step
         pipe.text_encoder([""] * len(clips)),
         scale=pipe.config.sampling.guidance_scale,
     )
-    x = schedule.add_noise(z, torch.stack(noise).to(pipe.device), torch.full((len(clips),), path[0][0]))
-    for t, now, then in path:
-        output = denoise(x, torch.full((len(clips),), t, device=pipe.device))
-        amplitudes = {"signal": math.sqrt(now), "noise": math.sqrt(1.0 - now)}
-        x0, eps = schedule.predictions_at(output, x, **amplitudes)
-        x = math.sqrt(then) * x0 + math.sqrt(1.0 - then) * eps
+    x = schedule.add_noise(z, torch.stack(noise).to(pipe.device), left[:1].expand(len(clips)))
+    x = ddim_sample(denoise, x, schedule, num_steps=steps, skip=steps - len(left))
     return pipe.vae.decode(x), (x - z).square().flatten(1).mean(1)
 
 

@@ -334,3 +334,13 @@ def test_step_noise_of_a_video_is_drawn_frame_by_frame() -> None:
     drawn = torch.randn(3, 2, 4, 5, generator=generators(7)[0]).transpose(0, 1)
     ratio = seen[0][0] / drawn
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+
+
+@pytest.mark.parametrize("skip", [1, 4, 9])
+def test_ddim_goes_on_from_where_steps_were_skipped(skip: int) -> None:
+    schedule = NoiseSchedule(DiffusionConfig(prediction_type="v"))
+    passed: list[Tensor] = []
+    start, denoise = initial_noise((3, 4), generators(0, 1)), gaussian_denoiser(schedule)
+    whole = ddim_sample(denoise, start, schedule, num_steps=10, callback=lambda index, t, x: passed.append(x))
+    assert torch.equal(ddim_sample(denoise, passed[skip - 1], schedule, num_steps=10, skip=skip), whole)
+    assert not torch.equal(ddim_sample(denoise, passed[skip - 1], schedule, num_steps=10), whole)

@@ -85,18 +85,20 @@ def ddim_sample(
     generators: Sequence[torch.Generator] | None = None,
     callback: Callback | None = None,
     correlation: float = 0.0,
+    skip: int = 0,
 ) -> Tensor:
     """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by DDIM (Song et al. 2021, eq. 12 and 16).
 
     eta goes from 0, deterministic, to 1, where each step has the distribution of `ddpm_sample`'s; above 0 it needs one
     generator a clip, and `correlation` is that of its noise between frames, see `related_noise`. Which timesteps there
-    are and where each step leads, the schedule's config says. x in float64 is denoised in float64.
+    are and where each step leads, the schedule's config says. x in float64 is denoised in float64. With `skip` the
+    first so many steps are left out, and x is a clip noised to the next (SDEdit, Meng et al. 2022, arXiv 2108.01073).
     Raises UserError for an eta outside [0, 1], too many steps, or generators that are missing or do not match x.
     """
     _check_eta(eta)
     generators = _one_each(generators, x) if eta > 0.0 else None
     x = _lifted(x)
-    path = schedule.transitions(num_steps, end=schedule.final_alpha_cumprod, stride=schedule.config.ddim_stride)
+    path = schedule.transitions(num_steps, end=schedule.final_alpha_cumprod, stride=schedule.config.ddim_stride)[skip:]
     for index, (t, now, then) in enumerate(path):
         x0, eps = _predict(denoise, x, schedule, t, now)
         variance = eta**2 * _posterior_variance(now, then)
