@@ -133,6 +133,18 @@ def test_the_table_of_steps_and_samplers_is_the_saved_one() -> None:
     assert [line for line in demo_table.table(rows) if line not in page] == []
 
 
+def test_the_table_of_where_clips_are_spoilt_is_the_saved_one() -> None:
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    before, after = (saved(f"demo-stages-{name}.json")["rows"] for name in ("former-cpu", "cpu"))
+    assert isinstance(before, list) and isinstance(after, list) and len(before) == len(after) > 0
+    for pair in zip(before, after, strict=True):
+        cells = [f"{pair[0]['level']:g}"]
+        for row in pair:
+            counts = ["{right} of {clips}".format(**row[name]) for name in ("action", "shape", "joint")]
+            cells += [f"{row['latent_mse']:.4f}", *counts]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_the_table_of_the_evaluation_is_the_saved_one() -> None:
     content = json.loads((ROOT / "benchmarks" / "results" / "evaluate-demo-cpu.json").read_text(encoding="utf-8"))
     records = {record["metric"]: record for record in content}
