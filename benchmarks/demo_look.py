@@ -66,7 +66,7 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag(
         "--trained",
         nargs="+",
-        default=["0:40000", "1:10000", "2:12000"],
+        default=["0:40000", "1:10000", "2:12000", "3:16000"],
         metavar="SEED:CLIPS",
         help="what was trained on (default: what the shipped model was)",
     )
