@@ -16,7 +16,7 @@ def version() -> str:
     return match[1]
 
 
-TEST = ["pytest>=8", "pytest-cov>=5", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 PARITY = ["diffusers>=0.30", "transformers>=4.44", "peft>=0.13", "scikit-image>=0.22"]
 TOOLS = ["ruff==0.17.6", "mypy>=1.11", "types-PyYAML"]
 

@@ -22,6 +22,20 @@ settings.register_profile("vdm", deadline=None, derandomize=True)
 settings.load_profile("vdm")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """In two processes with a thread each, a file at a time, unless `-n` says otherwise; tests are too small for more
+    threads. To debug, and without pytest-xdist, in this one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # this is one of the two
+    if not config.pluginmanager.hasplugin("xdist") or config.option.usepdb or config.option.collectonly:
+        return
+    if config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+    if config.option.numprocesses:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit it, and so do the commands they run
+
+
 @pytest.fixture(scope="session")
 def clips_dir() -> Path:
     """The folder of real clips: VDM_TEST_CLIPS, else `shared/clips` beside the checkout."""

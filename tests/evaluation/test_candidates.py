@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+from one_layer_clip import make_net
 from torch import Tensor
 
 from vdm.evaluation.altered import ALTERATIONS
@@ -21,7 +21,6 @@ from vdm.evaluation.matching import key_of
 from vdm.evaluation.measures import Median, Unmeasurable
 from vdm.evaluation.networks import TEXTS, Texts
 from vdm.metrics import clip as clip_metric
-from vdm.metrics.clip_files import ClipNet
 from vdm.metrics.retrieval import (
     Caption,
     expected_credit,
@@ -163,20 +162,14 @@ def test_the_median_rank_is_that_of_the_hundred() -> None:
 
 
 def test_each_text_is_read_once_and_none_depends_on_the_others() -> None:
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-    }
-    torch.manual_seed(0)
-    net = ClipNet(open_clip.CLIP(**config).eval(), "tiny", quick_gelu=False)
+    net = make_net()
     clip = clip_metric.Clip(net, "abc", "crop", torch.device("cpu"))
     passes: list[int] = []
     net.net.token_embedding.register_forward_hook(lambda module, given, out: passes.append(len(given[0])))
     texts = Texts(clip)
     many = [f"a {i} cup" for i in range(TEXTS + 3)]
     found = texts([*many, *many[:5]])
-    assert found.shape == (TEXTS + 8, 8) and torch.equal(found[TEXTS + 3 :], found[:5])
+    assert found.shape == (TEXTS + 8, 24) and torch.equal(found[TEXTS + 3 :], found[:5])
     assert passes == [TEXTS, TEXTS]
     assert torch.equal(texts(many[::-1]), found[: len(many)].flip(0)) and len(passes) == 2
     assert torch.equal(Texts(clip)(many[-1:])[0], found[TEXTS + 2]), "alone as among others"

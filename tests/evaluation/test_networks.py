@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+from one_layer_clip import CONFIG, make_net
 from safetensors.torch import save_file
 
 from vdm.data.mini_something import write_ssv2
@@ -22,7 +22,6 @@ from vdm.evaluation.clips import Shape
 from vdm.evaluation.records import digest
 from vdm.metrics.c3d import C3D, Judge
 from vdm.metrics.clip import CLIP_SCORE_PREFIX, Clip, clip_score, clipsim
-from vdm.metrics.clip_files import ClipNet
 from vdm.metrics.consistency import background_consistency
 from vdm.metrics.fvd import i3d_features
 from vdm.metrics.i3d import I3D, load_i3d
@@ -30,11 +29,6 @@ from vdm.metrics.toy import SHIPPED
 
 CPU = torch.device("cpu")
 SHAPE = Shape(9, 8.0, 40, 40)
-TINY = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-}
 PROMPTS = ["a red ball", "a blue cup"]
 
 
@@ -57,8 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_of_clip_are_its_scores_and_two_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    clip = Clip(ClipNet(open_clip.CLIP(**TINY).eval(), "tiny", quick_gelu=False), "abc", "crop", CPU)
+    clip = Clip(make_net(), "abc", "crop", CPU)
     monkeypatch.setattr(networks, "load_clip", lambda path, fit, device: clip)
     opened = networks.open_clip(Path("x"), CPU, SHAPE)
     assert (opened.sha256, opened.protocol["layer"], opened.protocol["resize"]) == ("abc", "tiny", "crop")
@@ -77,12 +70,11 @@ def test_rows_of_clip_are_its_scores_and_two_unit_vectors(monkeypatch: pytest.Mo
 
 def test_the_config_beside_a_clip_is_in_its_protocol(tmp_path: Path) -> None:
     path, config = tmp_path / "open_clip_model.safetensors", tmp_path / "open_clip_config.json"
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**TINY).state_dict(), path)
+    save_file(make_net().net.state_dict(), path)
     protocols = []
     for quick, mean in ((False, 0.5), (True, 0.5), (True, 0.25)):
         pixels = {"mean": [mean] * 3, "std": [0.5] * 3}
-        config.write_text(json.dumps({"model_cfg": {**TINY, "quick_gelu": quick}, "preprocess_cfg": pixels}))
+        config.write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": quick}, "preprocess_cfg": pixels}))
         opened = networks.open_clip(path, CPU, SHAPE)
         protocols.append(opened.protocol)
         assert (opened.protocol["quick_gelu"], opened.protocol["mean"]) == (quick, [mean] * 3)

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from folders import side
+from one_layer_clip import make_net
 
 from vdm.errors import UserError
 from vdm.evaluation import networks
@@ -22,7 +22,6 @@ from vdm.evaluation.extractors import EXTRACTORS, extractors
 from vdm.evaluation.judging import judged
 from vdm.evaluation.options import CHOICES, USUAL, Options
 from vdm.metrics.clip import Clip
-from vdm.metrics.clip_files import ClipNet
 from vdm.metrics.frechet import frechet_distance, frechet_infinity
 from vdm.metrics.fvd import FVDProtocol, i3d_features
 from vdm.metrics.i3d import I3D, load_i3d
@@ -73,19 +72,13 @@ def test_i3d_is_shown_clips_as_it_is_told(tmp_path: Path) -> None:
 
 
 def test_clip_is_shown_all_of_a_wide_clip_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-    }
-    torch.manual_seed(0)
-    net = ClipNet(open_clip.CLIP(**config).eval(), "tiny", quick_gelu=False)
+    net = make_net()
     monkeypatch.setattr(networks, "load_clip", lambda path, fit, device: Clip(net, "abc", fit, torch.device(device)))
     for fit in ("crop", "squash", "pad"):
         opened = extractors(Options(clip_resize=fit))["clip"].open(Path("x"), CPU, WIDE)  # type: ignore[arg-type]
         middle = Clip(net, "abc", fit, CPU).frames(torch.from_numpy(CLIPS)).double().mean(1)  # type: ignore[arg-type]
         assert opened.protocol["resize"] == fit
-        assert np.allclose(opened.rows(CLIPS, ["a cup"])[:, 3:11], (middle / middle.norm()).numpy(), atol=1e-6)
+        assert np.allclose(opened.rows(CLIPS, ["a cup"])[:, 3:27], (middle / middle.norm()).numpy(), atol=1e-6)
 
 
 def test_covariances_are_divided_by_the_number_of_clips_where_it_is_told() -> None:
