@@ -25,12 +25,12 @@ settings.load_profile("vdm")
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """In two processes with a thread each, a file at a time, unless `-n` says otherwise; tests are too small for more
-    threads. To debug, and without pytest-xdist, in this one."""
+    threads. To debug, without pytest-xdist, and slow ones, which may want all the memory, in this one."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # this is one of the two
     if not config.pluginmanager.hasplugin("xdist") or config.option.usepdb or config.option.collectonly:
         return
-    if config.option.numprocesses is None:
+    if config.option.numprocesses is None and "not slow" in config.option.markexpr:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
     if config.option.numprocesses:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit it, and so do the commands they run
