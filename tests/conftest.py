@@ -30,7 +30,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return  # this is one of the two
     if not config.pluginmanager.hasplugin("xdist") or config.option.usepdb or config.option.collectonly:
         return
-    if config.option.numprocesses is None and "not slow" in config.option.markexpr:
+    measured = getattr(config.option, "cov_source", None)  # pytest-cov has taken one process for granted by now
+    if config.option.numprocesses is None and not measured and "not slow" in config.option.markexpr:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
     if config.option.numprocesses:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit it, and so do the commands they run
