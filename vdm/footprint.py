@@ -78,7 +78,7 @@ def _measured(planned: Config, *, rank: int | None, cuda: bool) -> Footprint:
         task = (
             build_task(planned, here, cache=stand_in) if rank is None else _ImaginedLoRA(planned, here, stand_in, rank)
         )
-        return _Rehearsed(planned, task, ledger, cuda=cuda).measured()
+        return _Rehearsed(planned, task, ledger).measured()
 
 
 def _planned(config: Config) -> Config:
@@ -160,12 +160,9 @@ class _ImaginedTrainer(Trainer):
 class _Rehearsed:
     """A run that is made and taken through its phases on imagined tensors."""
 
-    def __init__(self, config: Config, task: Task, ledger: Ledger, *, cuda: bool) -> None:
+    def __init__(self, config: Config, task: Task, ledger: Ledger) -> None:
         self.ledger = ledger
         self.trainer = _ImaginedTrainer(config, task, Path())
-        for group in self.trainer.optimizer.param_groups:
-            if group.get("foreach", False) is None:
-                group["foreach"] = cuda  # torch's own choice, which holds more at a time
         for part, module in task.modules.items():
             ledger.mark(f"weights of {part}", tensors_in([*module.parameters(), *module.buffers()]))
         for module in self.trainer.trained.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(rows: int, colu
     assert values.max() < 1.3
     large = s / s.norm(dim=1, keepdim=True) > 0.03  # what is far smaller takes more rounds
     assert (values[large] > 0.6).all()
+
+
+def test_in_bfloat16_matrices_become_as_orthogonal() -> None:
+    x = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))
+    exact, quick = orthogonalize(x), orthogonalize(x, within=torch.bfloat16)
+    assert quick.dtype is torch.float32 and not torch.equal(exact, quick)
+    values = torch.linalg.svdvals(quick)
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert (quick - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(("precision", "within"), [("no", None), ("fp16", None), ("bf16", torch.bfloat16)])
+def test_matrices_are_computed_in_bfloat16_where_the_model_is(precision: str, within: torch.dtype | None) -> None:
+    settings: dict[str, Any] = {"optimizer": "muon", "mixed_precision": precision}
+    optimizer = build_optimizer({"unet": net()}, TrainingConfig(**settings))
+    assert isinstance(optimizer, Muon) and optimizer.within is within
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:

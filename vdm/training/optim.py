@@ -35,14 +35,14 @@ def build_optimizer(
         learn = [_as_dict(group, group.parameters.values()) for group in groups]
         if needs_own_adamw(config):
             return AdamW(learn, **settings, states=config.optimizer_states, seed=seed)
-        return torch.optim.AdamW(learn, **settings)
+        return torch.optim.AdamW(learn, **settings, fused=True)
     matrices = {id(p) for module in modules.values() for p in _matrices(module)}
     split: list[dict[str, Any]] = []
     for group in groups:
         for kind in (True, False):
             alike = [p for p in group.parameters.values() if (id(p) in matrices) is kind]
             split += [{**_as_dict(group, alike), "matrices": kind}] if alike else []
-    return Muon(split, **settings)
+    return Muon(split, **settings, within=torch.bfloat16 if config.mixed_precision == "bf16" else None)
 
 
 def _as_dict(group: Group, parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
