@@ -324,7 +324,7 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int | None, left: list[int
         save(tmp_path / f"checkpoint-{step}")
     save(tmp_path / "final")
     (tmp_path / "checkpoint-4").mkdir()  # not complete: neither counted nor deleted
-    prune(tmp_path, retention=Retention(newest=keep))
+    prune(tmp_path, retention=Retention(newest=keep), until=3)
     assert names(tmp_path) == {"final", "checkpoint-4", *(f"checkpoint-{step}" for step in left)}
 
 

@@ -342,7 +342,7 @@ ELSEWHERE = {
     "sampling.sampling_fps": "test_generate.py",
     "sampling.guidance_at_once": "test_pipeline.py",
     "sampling.vae_tile": "test_pipeline.py",
-    "sampling.cuda_graph": "test_pipeline.py",
+    "sampling.cuda_graph": "test_replay.py",
     "training.gradient_checkpointing": "training/test_loop.py",
     "training.weights_dtype": "training/test_low_memory.py",
     "training.optimizer_states": "training/test_low_memory.py",

@@ -179,6 +179,42 @@ def test_a_second_request_replaces_the_records(model: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_cut_short_has_records_of_what_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of nothing else: the files of an earlier request that it has written over are not that request's any more."""
+    make(model, tmp_path, seed=7)
+    sampled = module._sampled
+
+    def cut_short(pipe: TextToVideo, request: Request, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        if 2 in seeds:
+            raise KeyboardInterrupt
+        return sampled(pipe, request, prompts, seeds)
+
+    monkeypatch.setattr(module, "_sampled", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        make(model, tmp_path, batch_size=1)
+    assert [(record["file"], record["seed"]) for record in records(tmp_path)] == [
+        ("00000-one-red-ball.mp4", 0), ("00001-two-blue-cups.mp4", 1)
+    ]  # fmt: skip
+
+
+def test_a_request_that_fails_at_once_leaves_the_records_of_an_earlier_one(model: Path, tmp_path: Path) -> None:
+    make(model, tmp_path)
+    before = records(tmp_path)
+    with pytest.raises(UserError):
+        make(model, tmp_path, height=7)
+    assert records(tmp_path) == before
+
+
+def test_the_contact_sheet_is_of_the_first_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(model, tmp_path / "two", prompts=CLIPS[:2], batch_size=2)
+    monkeypatch.setattr(module, "SHEET_CLIPS", 2)
+    make(model, tmp_path / "three", batch_size=2)
+    two, three = ((tmp_path / name / "contact_sheet.png").read_bytes() for name in ("two", "three"))
+    assert two == three and len(records(tmp_path / "three")) == 3
+
+
 # ---- prompts and names
 
 
@@ -208,6 +244,14 @@ def test_the_output_folder_is_tried_before_the_model_is_loaded(tmp_path: Path, m
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="output folder .* cannot be written"):
             generate(Request(CLIPS, output_dir=folder))
+
+
+def test_eta_is_for_ddim_also_where_the_model_says_the_sampler(model: Path, tmp_path: Path) -> None:
+    config = load(TINY, ["sampling.sampler=dpmpp"])
+    TextToVideo(config, build_components(config)).save_pretrained(tmp_path / "model")
+    for wishes in ({"checkpoint": tmp_path / "model"}, {"checkpoint": model, "sampler": "ddpm"}):
+        with pytest.raises(UserError, match="--eta is not for the sampler dd?p"):
+            generate(Request(CLIPS, output_dir=tmp_path / "out", eta=0.5, **wishes))  # type: ignore[arg-type]
 
 
 def test_the_list_of_prompts_must_not_be_empty(tmp_path: Path) -> None:

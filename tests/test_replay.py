@@ -18,11 +18,6 @@ from vdm.training.parallel import parallelize, require_possible
 from vdm.training.settings import TrainingConfig
 
 
-def test_without_a_gpu_there_is_nothing_to_replay() -> None:
-    with pytest.raises(UserError, match="sampling.cuda_graph needs a GPU, and this is cpu; set it to false"):
-        Replayed(torch.neg, torch.device("cpu"))
-
-
 def test_training_by_a_graph_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = Config("x", model=UNetConfig(temporal_dropout=0.0), training=TrainingConfig(cuda_graph=True))
     require_possible(fits.training, there=1, num_clips=8)

@@ -238,6 +238,14 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
+def seems_complete(path: Path) -> bool:
+    """Whether there is, or may be where one is not let look, the manifest of a checkpoint."""
+    try:
+        return (path / MANIFEST).is_file()
+    except OSError:
+        return True
+
+
 def _info(path: Path) -> Mapping[str, Any]:
     """What a checkpoint's writer had to say; nothing where its manifest is damaged."""
     try:
@@ -277,9 +285,14 @@ class Retention:
         return kept | ({min(scores, key=lambda step: (scores[step], -step))} if scores else set())
 
 
-def prune(run_dir: str | Path, *, retention: Retention) -> None:
-    """Delete the complete checkpoints of a run that do not stay. For the holder of the RunLock."""
+def prune(run_dir: str | Path, *, retention: Retention, until: int) -> None:
+    """Delete the complete checkpoints of a run that do not stay, of those up to step `until`.
+
+    `until` is the step of the one just written: later ones are damaged, for the run did not go on from them, and must
+    not take its place. For the holder of the RunLock.
+    """
     complete = {step_of(path): path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()}
+    complete = {step: path for step, path in complete.items() if step <= until}
     kept = retention.keeps({step: _info(path) for step, path in complete.items()})
     for path in (path for step, path in complete.items() if step not in kept):
         doomed = _beside(path, "tmp")

@@ -143,14 +143,15 @@ def sample_command(arguments: Sequence[str]) -> None:
     if scale is not None and options["lora_path"] is None:
         raise UserError("--lora_scale is that of --lora_path; give both, or neither")
 
-    from vdm.generate import PROMPTS, Request, generate, read_prompts
+    from vdm.generate import PROMPTS, SHEET_CLIPS, Request, generate, read_prompts
 
     texts, file = options.pop("prompt"), options.pop("prompt_file")
     if texts is not None and file is not None:
         raise UserError("give --prompt or --prompt_file, not both")
     prompts = read_prompts(file) if file is not None else tuple(texts) if texts is not None else PROMPTS
     files = generate(Request(prompts=prompts, lora_scale=1.0 if scale is None else scale, **options))
-    print(f"wrote {len(files)} clips, samples.jsonl and contact_sheet.png to {files[0].parent}")
+    sheet = "contact_sheet.png" + (f" (of the first {SHEET_CLIPS})" if len(files) > SHEET_CLIPS else "")
+    print(f"wrote {len(files)} clips, samples.jsonl and {sheet} to {files[0].parent}")
 
 
 def _sample_parser() -> Parser:
@@ -248,101 +249,9 @@ def _convert_command(arguments: Sequence[str]) -> None:
 
 
 def _data_command(arguments: Sequence[str]) -> None:
-    action = arguments[0] if arguments else None
-    others = {"check": _check_command, "view": _view_command, "cache": _cache_command}
-    if action in others:
-        return others[action](arguments[1:])
-    if action not in ("synth", "-h", "--help"):
-        raise UserError(f"vdm data needs a command, such as: vdm data synth OUT --num_clips 100; got {action!r}")
-    parser = Parser(prog="vdm data synth", description="Write mini-something as a folder in SSv2 layout.")
-    parser.add_argument("out", type=Path, help="a folder that is not there yet, or is empty")
-    parser.flag("--num_clips", type=int, required=True, metavar="N", help="training and validation clips together")
-    parser.flag("--size", type=int, default=64, metavar="N", help="height and width in pixels (default 64)")
-    parser.flag("--num_frames", type=int, default=16, metavar="N", help="of each clip (default 16)")
-    parser.flag("--fps", type=float, default=8.0, metavar="N", help="frame rate (default 8)")
-    parser.flag("--seed", type=int, default=0, metavar="N", help="another seed, other clips (default 0)")
-    options = parser.parse_args(arguments[1:] if action == "synth" else ["--help"])
+    from vdm.data.commands import data_command
 
-    from vdm.data.mini_something import write_ssv2
-
-    write_ssv2(
-        options.out,
-        num_clips=options.num_clips,
-        size=options.size,
-        num_frames=options.num_frames,
-        fps=options.fps,
-        seed=options.seed,
-    )
-    print(
-        f"wrote {options.num_clips} clips to {options.out}; train on them with data.format=ssv2 data.root={options.out}"
-    )
-
-
-DATA_HELP = "a folder in SSv2 layout, or of videos with a .txt beside each, or of .tar shards; a .jsonl, .csv or .tar"
-
-
-def _check_command(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="vdm data check", description="Decode every clip of a data set once, and say what is wrong.")
-    parser.add_argument("root", metavar="DIR", help=DATA_HELP)
-    parser.flag("--json", type=Path, metavar="FILE", help="write one record a clip")
-    parser.flag("--num_workers", type=int, metavar="N", help="processes (default: one a core)")
-    parser.flag("--time_limit", type=float, default=120.0, metavar="F", help="seconds for a clip (default 120)")
-    options = parser.parse_args(arguments)
-    if options.num_workers is not None and options.num_workers < 1:
-        raise UserError(f"--num_workers must be at least 1, got {options.num_workers}")
-    if not 0 < options.time_limit <= 1e6:
-        raise UserError(f"--time_limit must be above 0, and at most 1e6 seconds, got {options.time_limit}")
-
-    from vdm.data.check import check, table, write_report
-
-    if options.json is not None:
-        write_report(options.json, [])  # what cannot be written is better said before than after
-    checked = check(options.root, num_workers=options.num_workers, time_limit=options.time_limit)
-    if options.json is not None:
-        write_report(options.json, checked)
-    sys.stdout.write(table(checked).encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-    if any(one.bad for one in checked):
-        raise BadClipsFound
-
-
-def _view_command(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="vdm data view", description="Write a page with the clips and captions that a model will see.")
-    parser.add_argument("root", help=DATA_HELP)
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="values of the data section")
-    parser.flag("--output", type=Path, required=True, metavar="OUT.html", help="the page, which needs no other file")
-    parser.flag("--config", type=Path, metavar="CONFIG.yaml", help="a run's config, whose data section and seed count")
-    parser.flag("--num_clips", type=int, default=24, metavar="N", help="of the stream of training clips (default 24)")
-    options = parser.parse_intermixed_args(arguments)
-    if not 1 <= options.num_clips <= 1000:
-        raise UserError(f"--num_clips must be 1 to 1000, or no browser opens the page; got {options.num_clips}")
-
-    from vdm.config import Config, load, override
-    from vdm.data.view import with_root, write_page
-
-    config = load(options.config, options.overrides) if options.config else override(Config("view"), options.overrides)
-    data = with_root(config.data, options.root)
-    count = write_page(data, options.output, num_clips=options.num_clips, seed=config.seed)
-    print(f"wrote {count} clips to {options.output}; open it in a browser")
-
-
-def _cache_command(arguments: Sequence[str]) -> None:
-    parser = Parser(
-        prog="vdm data cache", description="Encode every clip and caption of a run once; started again, it goes on."
-    )
-    parser.add_argument("config", help="a YAML file, such as configs/a100.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.flag("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the numbers kept (default fp16)")
-    parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
-    options = parser.parse_intermixed_args(arguments)
-
-    from vdm.config import load
-    from vdm.generate import DTYPES, pick_device
-    from vdm.precompute import write_cache
-
-    config = load(options.config, options.overrides)
-    folder = Path(config.data.cache_dir or f"cache/{config.name}")
-    write_cache(config, folder, dtype=DTYPES[options.dtype], device=pick_device(options.device))
-    print(f"wrote {folder}; train from it with data.cache_dir={folder}")
+    data_command(arguments)
 
 
 def main() -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from tqdm import tqdm
 
 from vdm.components import SHIPPED
 from vdm.data.sheet import contact_sheet
+from vdm.data.transforms import Frames
 from vdm.data.video import to_uint8, write_video
 from vdm.errors import UserError
+from vdm.files import replacing
 from vdm.pipeline import TextToVideo
 
 PROMPTS = (
@@ -26,6 +29,7 @@ PROMPTS = (
     "picking a green cup up",
     "moving a yellow bottle towards the camera",
 )
+SHEET_CLIPS = 64  # the first ones, for a picture that can be looked at
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -74,12 +78,13 @@ def generate(request: Request) -> list[Path]:
     for name in ("num_videos_per_prompt", "batch_size"):
         if getattr(request, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(request, name)}")
-    if request.eta and request.sampler == "dpmpp":
-        raise UserError("--eta is not for --sampler dpmpp, which is deterministic; leave it out, or use ddim")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
     _require_writable(request.output_dir)
     pipe = TextToVideo.from_pretrained(request.checkpoint)
+    sampler = request.sampler or pipe.config.sampling.sampler
+    if request.eta and sampler != "ddim":
+        raise UserError(f"--eta is not for the sampler {sampler}; leave it out, or use --sampler ddim")
     if request.lora_path is not None:
         count = pipe.load_lora(request.lora_path, scale=request.lora_scale)
         print(f"merged a LoRA of {count} layers from {request.lora_path}")
@@ -89,33 +94,59 @@ def generate(request: Request) -> list[Path]:
 
 
 def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list[Path]:
-    defaults = pipe.config.sampling
+    defaults, folder = pipe.config.sampling, request.output_dir
     fps = defaults.sampling_fps if request.fps is None else request.fps
     if not 0 < fps <= 1000:
         raise UserError(f"--fps must be above 0 and at most 1000, got {fps}")
     files: list[Path] = []
-    clips, records, written = [], [], []
-    with ThreadPoolExecutor(max_workers=1) as writer:  # encodes while the next batch is sampled
+    shown: list[Frames] = []
+    records = _Records(folder / "samples.jsonl")
+    # Frames are encoded while the next batch is sampled; however it ends, what is written is in the records.
+    with closing(records), ThreadPoolExecutor(max_workers=1) as writer:
         for first in tqdm(range(0, len(jobs), request.batch_size), desc="sampling", unit="batch"):
             prompts = jobs[first : first + request.batch_size]
             seeds = [request.seed + first + i for i in range(len(prompts))]
-            for prompt, seed, clip in zip(prompts, seeds, _sampled(pipe, request, prompts, seeds), strict=True):
+            video = _sampled(pipe, request, prompts, seeds)
+            records.update(wait=False)
+            for prompt, seed, clip in zip(prompts, seeds, video, strict=True):
                 frames = to_uint8(clip.transpose(0, 1).float().cpu() * 2.0 - 1.0)
-                name = f"{len(files):05d}-{slug(prompt)}.mp4"
-                written.append(writer.submit(write_video, request.output_dir / name, frames, fps=fps))
-                files.append(request.output_dir / name)
-                clips.append(frames)
-                made = {"file": name, "prompt": prompt, "seed": seed}
-                records.append({**made, **_record(pipe, request, frames.shape, fps)})
-            for one in written:
-                if one.done():
-                    one.result()  # raises what writing raised
-    for one in written:
-        one.result()
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    _replace(request.output_dir / "samples.jsonl", lines)
-    contact_sheet(request.output_dir / "contact_sheet.png", clips, captions=list(jobs))
+                files.append(folder / f"{len(files):05d}-{slug(prompt)}.mp4")
+                made = {"file": files[-1].name, "prompt": prompt, "seed": seed}
+                job = writer.submit(write_video, files[-1], frames, fps=fps)
+                records.expect(job, {**made, **_record(pipe, request, frames.shape, fps)})
+                shown += [frames] if len(shown) < SHEET_CLIPS else []
+    contact_sheet(folder / "contact_sheet.png", shown, captions=list(jobs[: len(shown)]))
     return files
+
+
+class _Records:
+    """samples.jsonl: from the first update on, a line for every clip of this request that is written, and no other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] | None = None
+        self._expected: deque[tuple[Future[None], Mapping[str, object]]] = deque()
+
+    def expect(self, job: Future[None], record: Mapping[str, object]) -> None:
+        """A clip that `job` writes."""
+        self._expected.append((job, record))
+
+    def update(self, *, wait: bool) -> None:
+        """Take in the clips that are written; raises what writing them raised."""
+        lines = self._lines = self._lines or []
+        try:
+            while self._expected and (wait or self._expected[0][0].done()):
+                job, record = self._expected.popleft()
+                job.result()
+                lines.append(json.dumps(record) + "\n")
+        finally:
+            with replacing(self.path, remedy="choose another --output_dir") as file:
+                file.write_text("".join(lines), encoding="utf-8")
+
+    def close(self) -> None:
+        """Wait for all clips; a request of which none was sampled leaves an earlier one's records."""
+        if self._lines is not None:
+            self.update(wait=True)
 
 
 def _sampled(pipe: TextToVideo, request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
@@ -179,13 +210,3 @@ def _require_writable(folder: Path) -> None:
         raise UserError(
             f"output folder {folder} cannot be written ({error.strerror}); choose another --output_dir"
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output_dir") from error

@@ -243,7 +243,8 @@ class TextToVideo:
         callback: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
-        unet = Replayed(self.unet, self.device) if options.cuda_graph and dist.size() == 1 else side_by_side(self.unet)
+        replays = options.cuda_graph and self.device.type == "cuda" and dist.size() == 1
+        unet = Replayed(self.unet, self.device) if replays else side_by_side(self.unet)
         denoise = guided(unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "callback": callback}

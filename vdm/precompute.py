@@ -18,7 +18,7 @@ from vdm.components import build_text_encoder, build_vae
 from vdm.config import Config
 from vdm.data.cache import SPLITS, Cache, Entry, Plan, Split, look_name
 from vdm.data.latents import Looks, digest, read_looks
-from vdm.data.pool import Lost, run_each
+from vdm.data.pool import Lost, Slow, run_each
 from vdm.data.quarantine import BadClips
 from vdm.data.transforms import Frames, flip
 from vdm.data.video import to_float, to_video
@@ -173,14 +173,22 @@ class Writer:
         if not data.dataloader_num_workers:
             yield from ((index, read(index)) for index in span)
             return
-        done = run_each(read, span, num_workers=data.dataloader_num_workers, time_limit=data.decode_timeout)
-        for place, looks in done:
-            index = span[place]
-            if isinstance(looks, Lost):
-                lost = Entry(clips.source.id(index), clips.source.words(index), problem=str(looks))
-                yield index, Looks(lost, [])
+        workers: dict[str, Any] = {"num_workers": data.dataloader_num_workers, "time_limit": data.decode_timeout}
+        died: list[int] = []
+        for place, looks in run_each(read, span, **workers):
+            if isinstance(looks, Lost) and not isinstance(looks, Slow):
+                died.append(span[place])  # it may have been for want of memory, and what is kept is kept for good
             else:
-                yield index, looks
+                yield span[place], self._known(split, span[place], looks)
+        for place, looks in run_each(read, died, **workers) if died else ():
+            yield died[place], self._known(split, died[place], looks)
+
+    def _known(self, split: Split, index: int, looks: Looks | Lost) -> Looks:
+        """Without frames where they were lost."""
+        if isinstance(looks, Looks):
+            return looks
+        source = self.clips[split].source
+        return Looks(Entry(source.id(index), source.words(index), problem=str(looks)), [])
 
     def _note(self, split: Split, entries: Sequence[Entry]) -> None:
         self.bad[split].note([(entry.id, entry.problem) for entry in entries if entry.problem])

@@ -11,28 +11,27 @@ from vdm.errors import UserError
 
 
 class Replayed:
-    """Computes what `call` does, without gradients, by replaying the kernels of its first call.
+    """Computes on a GPU what `call` does, without gradients, by replaying the kernels of its first call.
 
     Kernels are recorded anew when a shape or type changes. What is recorded reads the weights where they lie: they may
     change in place, but must not move. The memory of one call stays taken for as long as this object lives.
-    Raises UserError without a GPU.
     """
 
     def __init__(self, call: Callable[..., Tensor], device: torch.device):
-        if device.type != "cuda":
-            raise UserError(f"sampling.cuda_graph needs a GPU, and this is {device}; set it to false")
-        self.call = call
+        assert device.type == "cuda", f"graphs are of GPUs, and this is {device}"
+        self.call, self.device = call, device
         self.signature: tuple[object, ...] | None = None
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         signature = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-        if signature != self.signature:
-            self._record(tensors)
-            self.signature = signature
-        for place, tensor in zip(self.places, tensors, strict=True):
-            place.copy_(tensor)
-        self.graph.replay()
-        return self.result.clone()  # which the next replay writes over
+        with torch.cuda.device(self.device):  # whose streams record and replay; another may be the current one
+            if signature != self.signature:
+                self._record(tensors)
+                self.signature = signature
+            for place, tensor in zip(self.places, tensors, strict=True):
+                place.copy_(tensor)
+            self.graph.replay()
+            return self.result.clone()  # which the next replay writes over
 
     @torch.no_grad()
     def _record(self, tensors: tuple[Tensor, ...]) -> None:

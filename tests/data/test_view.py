@@ -73,11 +73,12 @@ def frames_of(mp4: bytes) -> np.ndarray:
 
 def test_the_page_shows_what_the_model_sees(command: Command, clips: Path, tmp_path: Path) -> None:
     page = tmp_path / "out" / "view.html"
-    overrides = ("data.height=48", "data.width=48", "data.horizontal_flip=0.5", "data.natural_captions=0.7", "seed=5")
+    overrides = ("data.height=48", "data.width=48", "data.horizontal_flip=0.5", "data.natural_captions=0.7", "seed=5",
+                 "data.min_frames=2", "data.max_frames=6", "training.batch_size=3")  # fmt: skip
     result = command("vdm", "data", "view", clips, "--output", page, "--config", TINY, "--num-clips", 5, *overrides)
     assert result.code == 0 and f"wrote 5 clips to {page}" in result.out, result
     config = load(TINY, overrides)
-    stream = ClipDataset(with_root(config.data, clips), split="train", seed=5, batch_size=1)
+    stream = ClipDataset(with_root(config.data, clips), split="train", seed=5, batch_size=3)
     shown = Page(page.read_text(encoding="utf-8"))
     assert shown.links == [] and shown.images == len(shown.videos) == 5
     for position, (mp4, caption) in enumerate(zip(shown.videos, shown.captions, strict=True)):

@@ -105,7 +105,7 @@ def test_a_training_checkpoint_samples_with_its_averaged_weights(
 
 def test_every_flag_reaches_the_model_and_the_record(command: Command, finished_run: Path, tmp_path: Path) -> None:
     flags = {
-        "negative_prompt": "dark", "num_inference_steps": 3, "sampler": "ddpm", "eta": 0.5, "guidance_scale": 1.5,
+        "negative_prompt": "dark", "num_inference_steps": 3, "sampler": "ddim", "eta": 0.5, "guidance_scale": 1.5,
         "num_frames": 2, "height": 20, "width": 24, "fps": 4.0,
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]

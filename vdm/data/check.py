@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -112,6 +113,18 @@ def write_report(path: Path, checked: Sequence[Checked]) -> None:
     """The records as a JSON list. Raises UserError where the file cannot be written."""
     with replacing(path, remedy="choose another --json file") as file:
         file.write_text(json.dumps([asdict(one) for one in checked], indent=1) + "\n", encoding="utf-8")
+
+
+def claim(path: Path) -> None:
+    """Make sure before the work that a report can be written, and leave the one that is there as it is.
+
+    Raises UserError where it cannot.
+    """
+    if not path.is_file():
+        write_report(path, [])
+        return
+    with replacing(path, remedy="choose another --json file") as file:
+        shutil.copyfile(path, file)
 
 
 def table(checked: Sequence[Checked]) -> str:

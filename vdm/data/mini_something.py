@@ -7,8 +7,10 @@ A clip is a scene (who, where, which of the sixteen actions) drawn at `num_frame
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -170,7 +172,7 @@ def render_clip(
     Frame i shows the scene at i / num_frames of the whole action; `fps` sets the pace of the camera shake alone, so
     that 8 frames at 4 fps are every second one of 16 at 8 fps. Motions keep DESIGN's minima from 8 frames on.
     """
-    if min(height, width) < 16 or num_frames < 1 or not fps > 0:
+    if min(height, width) < 16 or num_frames < 1 or not 0 < fps < math.inf:
         raise UserError(
             f"cannot render {num_frames} frames of {width}x{height} at {fps} fps: "
             "mini-something needs at least 1 frame, 16 pixels a side and a positive frame rate"
@@ -210,10 +212,15 @@ def write_ssv2(out: str | Path, *, num_clips: int, size: int, num_frames: int, f
 
     Beside them `captions.txt` has the caption of each clip, in order: prompts for `sample.py --prompt_file`.
 
-    Raises UserError for fewer than two clips, and for a folder that holds clips already or cannot be written.
+    Raises UserError for fewer than two clips, for what `render_clip` refuses, and for a folder that holds clips already
+    or cannot be written.
     """
     if num_clips < 2:
         raise UserError(f"num_clips is {num_clips}: at least 2 are needed, one to train on and one to validate with")
+    if seed < 0:
+        raise UserError(f"seed is {seed}: it must be 0 or more")
+    drawn = partial(render_clip, seed=seed, height=size, width=size, num_frames=num_frames, fps=fps)
+    drawn(0)  # whose refusal of a size is to come before anything is made
     videos = Path(out) / "20bn-something-something-v2"
     try:
         if Path(out).exists() and any(Path(out).iterdir()):
@@ -221,7 +228,7 @@ def write_ssv2(out: str | Path, *, num_clips: int, size: int, num_frames: int, f
         videos.mkdir(parents=True)
         entries = []
         for index in range(num_clips):
-            clip = render_clip(index, seed=seed, height=size, width=size, num_frames=num_frames, fps=fps)
+            clip = drawn(index)
             write_video(videos / f"{clip.id}.mp4", clip.frames, fps=fps)
             entries.append({key: getattr(clip, key) for key in ("id", "label", "template", "placeholders")})
         held_out = max(1, num_clips // 10)

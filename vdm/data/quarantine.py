@@ -46,7 +46,7 @@ class BadClips:
                 self.reasons[name] = reason
                 print(f"warning: clip {name} is left out: {reason}", file=sys.stderr)
                 if self.record is not None and name not in self._named:
-                    with self.record.open("a", encoding="utf-8") as file:
+                    with suppress(OSError), self.record.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"id": name, "split": self.split, "reason": reason}) + "\n")
         refuse_bad_share(list(self.reasons.items()), num_clips=self.num_clips, limit=self.limit)
 

@@ -23,12 +23,13 @@ from vdm.data.video import write_video
 STRIP_HEIGHT = 64  # pixels of the frames beneath a clip
 
 
-def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int) -> int:
+def write_page(config: DataConfig, output: Path, *, num_clips: int, seed: int, batch_size: int) -> int:
     """Write the first `num_clips` training clips of a run with this data section and seed; returns how many.
 
+    `batch_size` is how many clips a step of the run has, which share a length.
     The file appears whole or not at all. Raises UserError.
     """
-    clips = ClipDataset(config, split="train", seed=seed, batch_size=1)
+    clips = ClipDataset(config, split="train", seed=seed, batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
         stream = batches(clips, batch_size=1, num_batches=num_clips, num_workers=max(1, config.dataloader_num_workers))
         figures = [

@@ -24,7 +24,7 @@ class SamplingConfig:
 
     guidance_at_once: the guided and the unguided prediction are one batch; apart they take half the memory.
     vae_tile: decode in blended squares of so many latents, for frames too large for memory; null decodes whole frames.
-    cuda_graph: on a GPU, and in one process, record the UNet's kernels once and replay them at each step.
+    cuda_graph: on one GPU, record the UNet's kernels once and replay them at each step; elsewhere it changes nothing.
     """
 
     num_frames: int = 16

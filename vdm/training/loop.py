@@ -35,12 +35,11 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         if start is None and dist.is_main():
             warn_of_random_parts(config)
         task = build_task(config if start is None else as_resumed(config, start), dist.device())
+        if start is None and config.training.init_from is not None:
+            task.start_from(Path(config.training.init_from))  # as long as every process has whole weights
         trainer = Trainer(config, task, run_dir)
         if start is not None:
             trainer.restore(start)
-        elif config.training.init_from is not None:
-            task.start_from(Path(config.training.init_from))
-            trainer.ema = trainer.new_ema()
         if dist.is_main():
             with replacing(run_dir / "config.yaml", remedy="free space there or choose another run_dir") as file:
                 file.write_text(to_yaml(config), encoding="utf-8")
@@ -84,6 +83,7 @@ class Loop:
         finally:
             stream.close()  # stops the data workers now, not when the garbage is collected
             log.close()
+            self.trainer.writer.close()
         if not dist.is_main():
             return done
         if ended:
@@ -122,6 +122,7 @@ class Loop:
 
     def _pause(self) -> Path:
         """The checkpoint of this step."""
+        self.trainer.settle(wait=True)
         if self.trainer.saved_at != self.trainer.step:  # one of that name may be there and be another run's
             self.trainer.save(must=True)
         self.trainer.settle(wait=True, must=True)

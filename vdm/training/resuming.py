@@ -21,7 +21,7 @@ FIXED = {
 }  # fmt: skip
 FREE = (
     "model.dropout", "model.temporal_dropout", "model.max_num_frames", "model.attention_kernel", "vae.vae_weights",
-    "text.text_weights",
+    "text.text_weights", "training.optimizer_in_backward",
 )  # fmt: skip
 # What is either no setting of the run, or says how to start one.
 NO_MATTER = ("name", "run_dir", "training.init_from", "vae.vae_weights", "text.text_weights", "training.num_gpus")
@@ -54,6 +54,10 @@ def starting_point(run_dir: Path, resume: str | None) -> Path | None:
             )
         return Path(resume)
     newest = checkpoint.latest(run_dir)
+    if newest is None and any(checkpoint.seems_complete(path) for path in checkpoint.list_checkpoints(run_dir)):
+        raise UserError(
+            f"none of the checkpoints in {run_dir} can be read; mend them, or move them away to start afresh"
+        )
     print(f"resuming from {newest}" if newest else f"no checkpoint in {run_dir} yet: starting afresh")
     return newest
 

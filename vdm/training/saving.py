@@ -76,6 +76,10 @@ class Writer:
             raise CannotWrite(refused)
         return path
 
+    def close(self) -> None:
+        """Wait until nothing is being written, as is wanted before the process ends or others may use the folder."""
+        self._thread.shutdown(wait=True)
+
 
 def copied(tree: Any) -> Any:
     """A state dict with copies, in the memory of the CPU, of its tensors."""

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vdm import checkpoint, dist
 from vdm.errors import UserError
@@ -66,7 +67,8 @@ def load_state(trainer: Trainer, path: Path) -> dict[str, Any]:
             reason = str(error).splitlines()[1].strip()
             raise UserError(f"the {part} weights in {path} do not fit this config: {reason}") from error
     _load_optimizer(trainer, state, path)
-    trainer.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run was not in float16
+        trainer.scaler.load_state_dict(state["scaler"])
     if trainer.in_backward is not None:
         trainer.in_backward.load_state_dict(state.get("in_backward") or {"last_norm": None})
     averages = {part: checkpoint.load_weights(path, f"{part}.ema") for part in trainer.trained}
@@ -87,7 +89,16 @@ def _load_optimizer(trainer: Trainer, state: Mapping[str, Any], path: Path) -> N
         )
     numbered = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {
-        number: {name: dist.share_of(value, like=numbered[number]) for name, value in moment.items()}
+        number: {name: _moment(value, like=numbered[number]) for name, value in moment.items()}
         for number, moment in reordered(state["optimizer"]["state"], theirs=theirs, ours=ours).items()
     }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _moment(value: Tensor, *, like: nn.Parameter) -> Tensor:
+    """This process's share of a moment, its numbers in memory in the order of its weight's."""
+    share = dist.share_of(value, like=like)
+    if share.shape != like.shape or share.stride() == like.stride():
+        return share
+    # Fused kernels go through both as they lie; processes that shared weights out have written other orders.
+    return torch.empty_like(like, dtype=share.dtype, device=share.device, requires_grad=False).copy_(share)

@@ -60,7 +60,7 @@ class Trainer:
             assert isinstance(self.optimizer, AdamW)
             self.in_backward = InBackward(self.optimizer, max_grad_norm=self.settings.max_grad_norm)
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
-        self.ema = self.new_ema()
+        self.ema = EMA(self.trained, decay=self.settings.ema_decay, offload=self.settings.ema_offload)
         record = run_dir / "bad_clips.jsonl"
         clips_per_step = self.clips.batch_size
         self.limits = Limits.of(self.settings, num_clips=len(self.clips), clips_per_step=clips_per_step)
@@ -73,10 +73,6 @@ class Trainer:
         self.failed_saves = 0  # in a row
         self.saved_at: int | None = None  # the step of this run's own last checkpoint
         self.writer = Writer(in_background=task.device.type == "cuda" if in_background is None else in_background)
-
-    def new_ema(self) -> EMA:
-        """Averages that begin at the weights of now."""
-        return EMA(self.trained, decay=self.settings.ema_decay, offload=self.settings.ema_offload)
 
     def train_batches(self) -> Generator[Batch, None, None]:
         data, micro_steps = self.config.data, self.settings.gradient_accumulation_steps
@@ -311,7 +307,7 @@ class Trainer:
         best = "val_loss" if settings.keep_best else None
         retention = checkpoint.Retention(settings.keep_checkpoints, settings.keep_every, best)
         if dist.is_main():
-            checkpoint.prune(self.run_dir, retention=retention)
+            checkpoint.prune(self.run_dir, retention=retention, until=self.saved_at)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises `UserError` where it belongs to another kind of run."""
