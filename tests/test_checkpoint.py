@@ -328,6 +328,15 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int | None, left: list[int
     assert names(tmp_path) == {"final", "checkpoint-4", *(f"checkpoint-{step}" for step in left)}
 
 
+def test_prune_does_not_count_what_a_run_has_passed_over(tmp_path: Path) -> None:
+    """A damaged checkpoint of a later step is not newer than the one that was just written."""
+    for step in (5, 7, 10):
+        save(tmp_path / f"checkpoint-{step}")
+    break_hash(tmp_path / "checkpoint-10")
+    prune(tmp_path, retention=Retention(newest=1), until=7)
+    assert names(tmp_path) == {"checkpoint-7", "checkpoint-10"}
+
+
 HOLD = """
 import sys, time
 from vdm.checkpoint import RunLock

@@ -153,7 +153,13 @@ def test_help_is_complete(
     assert "-h, --help" in shown
 
 
-@pytest.mark.parametrize("words", [["data", "--help"], ["data", "synth", "--help"], ["data", "synth", "out", "-h"]])
+def test_help_of_data_names_all_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    vdm_command(["data", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in ("synth", "check", "view", "cache"))
+
+
+@pytest.mark.parametrize("words", [["data", "synth", "--help"], ["data", "synth", "out", "-h"]])
 def test_help_of_synth(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         vdm_command(words)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,10 @@ import torch
 from vdm import precompute
 from vdm.components import build_vae
 from vdm.config import load
+from vdm.data.dataset import ClipDataset
+from vdm.data.latents import Looks
 from vdm.precompute import Writer
+from vdm.training.cached import streams
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
 
@@ -48,3 +53,24 @@ def test_a_gpu_encodes_as_many_looks_as_it_has_room_for(
     assert batches == sizes
     for name, moments in alone.items():
         torch.testing.assert_close(together[name], moments, atol=1e-5, rtol=1e-5)
+
+
+def test_a_clip_whose_worker_died_is_tried_once_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is lost for want of memory would be missing from the cache for good."""
+    read = precompute.read_looks
+
+    def dies(clips: ClipDataset, index: int, *, num_crops: int) -> Looks:
+        mark = tmp_path / str(index)
+        if index == 2 or index == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(clips, index, num_crops=num_crops)
+
+    monkeypatch.setattr(precompute, "read_looks", dies)
+    writer = Writer.__new__(Writer)
+    writer.config = load(TINY, ["data.dataloader_num_workers=1"])
+    writer.clips = streams(writer.config)
+    found = dict(writer._read("train", range(4)))
+    assert sorted(found) == [0, 1, 2, 3]
+    assert [index for index, looks in found.items() if looks.entry.problem] == [2]
+    assert found[1].frames and not found[2].frames

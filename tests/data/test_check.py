@@ -243,3 +243,13 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr(checking, "check", lambda *_, **__: pytest.fail("it has begun"))
     assert "cannot write" in command("vdm", "data", "check", good, "--json", tmp_path).error
     assert "at most 1e6 seconds" in command("vdm", "data", "check", good, "--time_limit", "inf").error
+
+
+def test_a_report_that_is_there_stays_where_nothing_can_be_checked(
+    good: Path, tmp_path: Path, command: Command
+) -> None:
+    report = tmp_path / "report.json"
+    assert command("vdm", "data", "check", good, "--json", report).code == 0
+    before = report.read_bytes()
+    assert command("vdm", "data", "check", tmp_path / "mistyped", "--json", report).code == 2
+    assert report.read_bytes() == before and len(json.loads(before)) == 6

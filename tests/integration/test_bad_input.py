@@ -248,7 +248,7 @@ def test_sample_refuses_a_checkpoint_that_is_not_what_its_manifest_says(
         ("data check PLACE/nowhere", "does not exist"),
         ("data view PLACE/nowhere --output x.html", "does not exist"),
         ("data cache x.yaml", "config x.yaml does not exist"),
-        ("data bogus", "vdm data needs a command"),
+        ("data bogus", "vdm data needs a command: synth, check, view or cache"),
         ("data synth PLACE/new", "arguments are required: --num_clips"),
         ("data synth PLACE/new --num_clips 1", "at least 2"),
         ("data synth PLACE/new --num_clips 4 --size 0", "at least 1 frame, 16 pixels a side"),
@@ -265,7 +265,7 @@ def test_vdm(command: Command, place: Path, arguments: str, sentence: str) -> No
     before = written(place)
     result = command("vdm", *arguments.replace("PLACE", str(place)).split())
     assert_says(result.error, sentence)
-    assert written(place) == before
+    assert written(place) == before and not (place / "new").exists()
 
 
 # ---- as the shell sees it

@@ -202,6 +202,15 @@ def test_the_other_tasks_in_two_processes(tmp_path: Path, task: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_whose_weights_are_shared_out_begins_from_a_model(alone: Path, tmp_path: Path) -> None:
+    more = (f"training.init_from={alone / 'final'}", "training.max_train_steps=2")
+    one = trained(tmp_path / "one", (1, "training.batch_size=8", *more))
+    two = trained(tmp_path / "two", (*WAYS["fsdp on 2"], *more))
+    assert log(two, "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
+    assert len(log(two, "loss")) == 2 and log(one, "loss")[0] != log(alone, "loss")[0]
+
+
+@pytest.mark.slow
 def test_a_resume_is_verified_in_two_processes_too(tmp_path: Path) -> None:
     done = run(torchrun(2, *RUN, *WAYS["ddp on 2"][1:], f"run_dir={tmp_path / 'run'}", "--verify_resume"))
     assert done.returncode == 0, done.stderr[-20000:]

@@ -183,6 +183,17 @@ def test_latest_without_a_checkpoint_starts_afresh_and_says_so(
     assert_same_checkpoint(run_dir / "final", whole() / "final")
 
 
+def test_latest_does_not_start_afresh_where_checkpoints_cannot_be_read(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(whole() / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "unet.safetensors").write_bytes(b"damaged")
+    (tmp_path / "log.jsonl").write_text('{"step": 4}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="none of the checkpoints in .* can be read; mend them, or move them away"):
+        train(tiny(tmp_path), resume="latest")
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == '{"step": 4}\n'
+
+
 @pytest.mark.parametrize("left", ["checkpoint-4", "final"])
 def test_a_folder_with_checkpoints_is_refused_unless_resumed(
     whole: Callable[..., Path], tmp_path: Path, left: str

@@ -77,6 +77,13 @@ def test_every_loss_counts_in_the_quarter_of_its_time_step() -> None:
     assert [table[f"count_t{b}"] for b in range(4)] == [2.0, 1.0, 1.0, 3.0]
 
 
+def test_losses_are_added_up_in_full_precision_within_autocast() -> None:
+    losses = torch.tensor([1.0 + 1e-4, 1.0 - 1e-4, 70000.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        table = by_timestep(losses, [0, 1, 30], num_steps=STEPS)
+    assert table["sum_t0"] == losses[:2].sum() and table["sum_t1"] == 70000.0
+
+
 @settings(max_examples=25)
 @given(st.lists(st.lists(st.tuples(st.integers(0, STEPS - 1), st.floats(0, 10)), min_size=1, max_size=5), min_size=1))
 def test_means_over_steps_and_micro_steps_are_those_of_all_clips(steps: list[list[tuple[int, float]]]) -> None:

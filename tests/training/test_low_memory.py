@@ -15,6 +15,7 @@ from vdm.errors import UserError
 from vdm.pipeline import TextToVideo
 from vdm.training.kinds import build_task
 from vdm.training.loop import train
+from vdm.training.state import _moment
 from vdm.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,32 @@ def test_a_run_with_all_of_it_writes_float32_averages_and_goes_on(tmp_path: Path
     assert kept["in_backward"]["last_norm"] > 0.0
     with pytest.raises(UserError, match=r"may not change: training.optimizer_states \(8bit -> fp32\)"):
         train(tiny(tmp_path, *BF16, "training.max_train_steps=4"), resume="latest")
+
+
+def test_a_run_may_go_on_with_updates_within_the_backward_pass(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    train(tiny(tmp_path, "training.max_train_steps=4", "training.optimizer_in_backward=true"), resume="latest")
+    assert load_trainer_state(tmp_path / "checkpoint-4")["in_backward"]["last_norm"] > 0.0
+
+
+def test_a_run_in_float16_goes_on_from_one_that_was_not(tmp_path: Path) -> None:
+    """Its scaler, which only a GPU has work for, begins as a new one does."""
+    train(tiny(tmp_path))
+    trainer = trainer_of(tmp_path)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    trainer.restore(tmp_path / "checkpoint-2")
+    assert trainer.step == 2 and trainer.scaler.get_scale() == 65536.0
+
+
+def test_a_moment_lies_in_memory_as_its_weight_does() -> None:
+    """Fused optimizers take both as they lie; processes that share weights out write other orders."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    value = torch.arange(48.0).reshape(4, 3, 2, 2)
+    ours = _moment(value, like=weight)
+    assert ours.stride() == weight.stride() != value.stride() and torch.equal(ours, value)
+    assert not ours.requires_grad
+    step = torch.tensor(3.0)
+    assert _moment(step, like=weight) is step
 
 
 @pytest.mark.slow

@@ -190,7 +190,8 @@ class NoiseSchedule(nn.Module):
         """The steps a sampler visits, LongTensor (num_steps,), descending; the integers of diffusers' DDIMScheduler.
 
         "trailing", and "linspace" from two steps on, start at the last step, as they must with zero terminal SNR
-        (Lin et al. 2024, table 2). "modelscope" visits more than num_steps where that does not divide num_train_timesteps.
+        (Lin et al. 2024, table 2). "modelscope" visits more than num_steps where that does not divide
+        num_train_timesteps.
         Raises UserError if the schedule has no num_steps such steps.
         """
         total, offset = self.config.num_train_timesteps, self.config.steps_offset
