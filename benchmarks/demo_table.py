@@ -1,6 +1,6 @@
 """How the demo model follows prompts with fewer steps, other samplers and guidance: `python benchmarks/demo_table.py`.
 
-Six prompts of each action, the same noise in every row, judged as `benchmarks/demo.py` does.
+Some prompts of each action, the same noise in every row, judged as `benchmarks/demo.py` does.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from benchmarks.common import environment, versions, write_json
 from benchmarks.contenders import EAGER, RIVALS, TUNED, channels_last
 from benchmarks.timing import clocks, interleaved, launches_and_peak
 from vdm.cli import Parser, run
-from vdm.components import Components
+from vdm.components import Components, without_sources
 from vdm.config import load
 from vdm.errors import UserError
 from vdm.generate import DTYPES, PROMPTS, pick_device
@@ -152,7 +152,7 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError(f"--batch_size must be at least 1, got {options.batch_size}")
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     if options.config is not None:
-        config = load(options.config, options.overrides)
+        config = without_sources(load(options.config, options.overrides))
         pipe = TextToVideo(config, build_components(config))
     else:
         pipe = TextToVideo.from_pretrained(options.checkpoint)

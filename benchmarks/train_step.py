@@ -237,6 +237,8 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag("--profile", type=Path, metavar="DIR", help="write a trace and the top kernels of ours there")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options = parser.parse_intermixed_args(arguments)
+    if options.overrides and options.config is None:
+        raise UserError(f"{options.overrides[0]} replaces a value of --config; give that, too")
     device = pick_device(options.device)
     config = fitting(model=SMALL) if options.config is None else load(options.config, options.overrides)
     clips = options.batch_size or (1 if options.config is None else config.training.batch_size)

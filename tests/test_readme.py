@@ -15,6 +15,7 @@ from benchmarks.demo import SCORES
 from benchmarks.memory import sampling_table
 from benchmarks.memory import table as memory_table
 from benchmarks.rows import Row, summary
+from vdm.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,6 +116,11 @@ def test_twenty_steps_of_dpmpp_follow_the_prompt_as_fifty_of_ddim_do() -> None:
         assert f"| {what} | {shares} |" in PERFORMANCE
 
 
+def test_the_first_snippet_says_what_the_demo_model_makes() -> None:
+    sampling = load(ROOT / "vdm" / "assets" / "demo" / "config.yaml").sampling
+    assert f"# (1, {sampling.num_frames}, {sampling.height}, {sampling.width}, 3), floats in [0, 1]" in README
+
+
 def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
     scores = saved("demo-cpu.json")["scores"]
     assert isinstance(scores, dict)
@@ -124,6 +130,19 @@ def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
         assert f"| {row['right']} of {row['clips']}, {share} % [{low}, {high}] | {chance} % |" in README, name
     counts = " | ".join("{right} of {clips}".format(**scores[name]) for name in ("action", "colour", "shape", "joint"))
     assert f"| {counts} |\n" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+
+
+def test_the_ceiling_of_real_clips_is_the_saved_one() -> None:
+    scores = saved("demo-real-cpu.json")["scores"]
+    assert isinstance(scores, dict)
+    action, direction, colour, shape = (scores[name] for name in SCORES[:4])
+    said = (
+        f"actions {action['right']} of {action['clips']}, directions\n{direction['right']} of {direction['clips']}, "
+        f"colours {colour['right']} and shapes {shape['right']} of {shape['clips']}"
+    )
+    assert said in README
+    counts = " | ".join(f"{row['right']} of {row['clips']}" for row in (action, colour, shape))
+    assert f"| real (480) | | {counts} |" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_steps_and_samplers_is_the_saved_one() -> None:

@@ -65,14 +65,12 @@ def evaluate(request: Request) -> list[Record]:
         opened, missing = _opened(metrics, request.weights_dir, shape, request.options)
         ours, theirs = _extracted(listed, opened, request.output_dir / "cache")
         _require_clips(ours, theirs, shape)
-        if not dist.is_main():
-            return []
-        base = _protocol(listed, theirs.clips, request.split)
-        notes = [*notes, *(problem for side in (ours, theirs) for _, problem in side.problems)]
-        found = [
-            judging.with_notes(_judged(metric, opened, missing, ours, theirs, base=base), notes) for metric in metrics
-        ]
-        return _write(request.output_dir, metrics, found, ours, theirs, shape)
+    if not dist.is_main():  # what is left is for one, and may take longer than processes wait for each other
+        return []
+    base = _protocol(listed, theirs.clips, request.split)
+    notes = [*notes, *(problem for side in (ours, theirs) for _, problem in side.problems)]
+    found = [judging.with_notes(_judged(metric, opened, missing, ours, theirs, base=base), notes) for metric in metrics]
+    return _write(request.output_dir, metrics, found, ours, theirs, shape)
 
 
 def _require_writable(folder: Path) -> None:

@@ -56,8 +56,16 @@ def test_one_pass_alone_and_the_values_of_a_config(tmp_path: Path) -> None:
     sample.command([*where, "--json", str(file), "sampling.guidance_scale=1.0"])
     record = json.loads(file.read_text())
     assert [row["part"] for row in record["rows"]] == ["to latents"] and record["sampling"]["guidance_scale"] == 1
-    with pytest.raises(UserError, match="seed=1 replaces a value of --config; give that, too"):
-        sample.command(["seed=1"])
+    for command in (sample.command, train_step.command):
+        with pytest.raises(UserError, match="seed=1 replaces a value of --config; give that, too"):
+            command(["seed=1"])
+
+
+def test_random_weights_of_a_config_need_no_network(tmp_path: Path) -> None:
+    where = ["--config", str(TINY), "--device", "cpu", "--steps", "1", "--batch_size", "1", "--only", "to latents"]
+    sources = ["text.text_weights=ViT-H-14/laion2b_s32b_b79k", "vae.vae_weights=nowhere"]
+    sample.command([*where, "--json", str(tmp_path / "sample.json"), *sources])
+    assert (tmp_path / "sample.json").is_file()
 
 
 def test_weights_of_two_dimensional_convolutions_lie_channels_last() -> None:

@@ -341,6 +341,16 @@ def test_numbers_that_a_precision_cannot_hold_are_named(exported: dict[str, Path
     silently(folder, tmp_path / "t", "vdm", dtype=torch.bfloat16)
 
 
+def test_correlated_noise_which_others_do_not_start_from_is_spoken_of(model: Path, tmp_path: Path) -> None:
+    weights = {part: open_weights(model / f"{part}.safetensors") for part in PARTS}
+    alike = to_yaml(replace(CONFIG, training=replace(CONFIG.training, frame_noise_correlation=0.5)))
+    save_checkpoint(tmp_path / "alike", config_yaml=alike, weights=weights, info={})
+    for to in ("vdm", *FOREIGN):
+        lines = said(tmp_path / "alike", tmp_path / to, to)
+        told = [line for line in lines if "training.frame_noise_correlation=0.5" in line]
+        assert len(told) == (to != "vdm") and all(line.startswith("note: ") for line in told)
+
+
 def test_a_note_that_is_not_used_is_spoken_of(exported: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(exported["diffusers"], tmp_path / "folder")
     (folder / "vdm.yaml").write_text("model: [not, a, config]")

@@ -21,7 +21,6 @@ from vdm.metrics.frechet import (
     frechet_infinity,
     kernel_distance,
 )
-from vdm.metrics.gathering import merge_by_id
 
 Distance = Callable[..., float]
 
@@ -212,16 +211,6 @@ def test_order_and_rotation_do_not_matter_to_the_kernel(seed: int, n: int, m: in
     turn = torch.linalg.qr(normal(D, D, seed=seed)).Q
     for a, b in ((x.flip(0), y.flip(0)), (x @ turn, y @ turn), (y, x)):
         assert kernel_distance(a, b) == pytest.approx(kernel_distance(x, y), abs=1e-12 * scale)
-
-
-@ALL_DISTANCES
-@settings(max_examples=40)
-@given(seed=SEEDS, world=st.integers(1, 5))
-def test_how_clips_are_shared_out_does_not_matter(distance: Distance, seed: int, world: int) -> None:
-    x, y = clouds(seed, n=11, m=9, D=4)
-    ids = [f"{number:05d}" for number in range(len(x))]
-    _, whole = merge_by_id([(ids[rank::world], x[rank::world]) for rank in range(world)])
-    assert distance(whole, y) == distance(x, y), "bit for bit"
 
 
 @ALL_DISTANCES

@@ -48,7 +48,7 @@ def convert(
         raise UserError(f"{source} holds no weights of {', '.join(lacking)}; a {to} folder needs all of {PARTS}")
     config = without_sources(stored.config)
     say(f"{source}: {stored.layout} layout")
-    for remark in (*stored.remarks, *(remarks_on_modelscope(config) if to == "modelscope" else ())):
+    for remark in (*stored.remarks, *_remarks_on(config, to)):
         say(f"note: {remark}")
     held = {part: stored.open(part) for part in stored.parts}
     for part in held.values():
@@ -59,6 +59,22 @@ def convert(
     for file in sorted(target.rglob("*")):
         if file.suffix in WEIGHT_FILES:
             say(f"wrote {sha256(file)} {file}")
+
+
+def _remarks_on(config: Config, to: Layout) -> tuple[str, ...]:
+    """What the code that reads a layout will do otherwise than we do."""
+    alike = config.training.frame_noise_correlation
+    return (
+        *(remarks_on_modelscope(config) if to == "modelscope" else ()),
+        *(
+            (
+                f"the model was trained with training.frame_noise_correlation={alike}, and the code for {to} folders "
+                "starts from noise that is independent from frame to frame; vdm does not",
+            )
+            if alike and to != "vdm"
+            else ()
+        ),
+    )
 
 
 def _require_new(target: Path, source: Path) -> None:
