@@ -1,7 +1,8 @@
 """The stream of `ClipDataset` with latents in place of pixels: encoded when first met, or read from a cache on disk.
 
 What is kept of a clip is its longest window, in so many crops; a shorter window is a part of it, the very part that
-would be cut from the file.
+would be cut from the file. (A clip of mini-something, which is otherwise drawn whole in as few frames as are wanted, is
+then cut as well.)
 """
 
 from __future__ import annotations
