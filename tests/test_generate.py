@@ -199,6 +199,13 @@ def test_what_is_cut_short_has_records_of_what_is_written(
     ]  # fmt: skip
 
 
+def test_a_clip_that_cannot_be_written_costs_no_other_its_record(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "00001-two-blue-cups.mp4").mkdir()
+    with pytest.raises(UserError, match="cannot write .*00001-two-blue-cups.mp4"):
+        make(model, tmp_path)
+    assert [record["file"] for record in records(tmp_path)] == ["00000-one-red-ball.mp4", "00002-three.mp4"]
+
+
 def test_a_request_that_fails_at_once_leaves_the_records_of_an_earlier_one(model: Path, tmp_path: Path) -> None:
     make(model, tmp_path)
     before = records(tmp_path)

@@ -142,7 +142,7 @@ def test_the_ceiling_of_real_clips_is_the_saved_one() -> None:
     )
     assert said in README
     counts = " | ".join(f"{row['right']} of {row['clips']}" for row in (action, colour, shape))
-    assert f"| real (480) | | {counts} |" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert f"| real, 480 of them | | {counts} |" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_steps_and_samplers_is_the_saved_one() -> None:
@@ -182,7 +182,9 @@ def test_what_the_autoencoder_leaves_is_the_saved_one() -> None:
     lost, counts = scores["lost"], [f"{scores[name]['right']} of 160" for name in ("action", "colour", "shape")]
     cells = [f"{lost['psnr']:.2f} dB", *counts, f"{lost['warping_error_after']:.6f}"]
     page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
-    assert f"| after the autoencoder | {' | '.join(cells)} |" in page and f"| {lost['warping_error']:.6f} |" in page
+    assert (
+        f"| these after the autoencoder | {' | '.join(cells)} |" in page and f"| {lost['warping_error']:.6f} |" in page
+    )
     assert lost["psnr"] > 30 and lost["warping_error_after"] < 1.1 * lost["warping_error"], "what we set out for"
 
 

@@ -1,4 +1,4 @@
-"""Replaying gives what calling does; without a GPU it is refused."""
+"""Replaying gives what calling does; training by it is refused without a GPU."""
 
 from __future__ import annotations
 

@@ -288,11 +288,10 @@ class Retention:
 def prune(run_dir: str | Path, *, retention: Retention, until: int) -> None:
     """Delete the complete checkpoints of a run that do not stay, of those up to step `until`.
 
-    `until` is the step of the one just written: later ones are damaged, for the run did not go on from them, and must
-    not take its place. For the holder of the RunLock.
+    `until` is that of the one just written: later ones are damaged, for the run did not go on from them, and must not
+    take its place. For the holder of the RunLock.
     """
-    complete = {step_of(path): path for path in list_checkpoints(run_dir) if (path / MANIFEST).is_file()}
-    complete = {step: path for step, path in complete.items() if step <= until}
+    complete = {step_of(p): p for p in list_checkpoints(run_dir) if seems_complete(p) and step_of(p) <= until}
     kept = retention.keeps({step: _info(path) for step, path in complete.items()})
     for path in (path for step, path in complete.items() if step not in kept):
         doomed = _beside(path, "tmp")

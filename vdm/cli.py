@@ -249,7 +249,7 @@ def _convert_command(arguments: Sequence[str]) -> None:
 
 
 def _data_command(arguments: Sequence[str]) -> None:
-    from vdm.data.commands import data_command
+    from vdm.data_commands import data_command
 
     data_command(arguments)
 

@@ -132,16 +132,19 @@ class _Records:
         self._expected.append((job, record))
 
     def update(self, *, wait: bool) -> None:
-        """Take in the clips that are written; raises what writing them raised."""
+        """Take in the clips that are written; raises what writing the first of the others raised."""
         lines = self._lines = self._lines or []
-        try:
-            while self._expected and (wait or self._expected[0][0].done()):
-                job, record = self._expected.popleft()
-                job.result()
+        errors: list[BaseException] = []
+        while self._expected and (wait or self._expected[0][0].done()):
+            job, record = self._expected.popleft()
+            if (error := job.exception()) is None:
                 lines.append(json.dumps(record) + "\n")
-        finally:
-            with replacing(self.path, remedy="choose another --output_dir") as file:
-                file.write_text("".join(lines), encoding="utf-8")
+            else:
+                errors.append(error)
+        with replacing(self.path, remedy="choose another --output_dir") as file:
+            file.write_text("".join(lines), encoding="utf-8")
+        for error in errors:
+            raise error
 
     def close(self) -> None:
         """Wait for all clips; a request of which none was sampled leaves an earlier one's records."""

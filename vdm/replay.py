@@ -43,7 +43,7 @@ class Replayed:
             self.call(*self.places)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with _casts_recorded(), torch.cuda.graph(self.graph):
+        with _casts_recorded(), torch.cuda.graph(self.graph, stream=side):  # its own would be of the first device used
             self.result = self.call(*self.places)
 
 

@@ -64,9 +64,14 @@ def test_in_bfloat16_matrices_become_as_orthogonal() -> None:
 
 @pytest.mark.parametrize(("precision", "within"), [("no", None), ("fp16", None), ("bf16", torch.bfloat16)])
 def test_matrices_are_computed_in_bfloat16_where_the_model_is(precision: str, within: torch.dtype | None) -> None:
-    settings: dict[str, Any] = {"optimizer": "muon", "mixed_precision": precision}
-    optimizer = build_optimizer({"unet": net()}, TrainingConfig(**settings))
-    assert isinstance(optimizer, Muon) and optimizer.within is within
+    plain, other = net(), net()
+    for model, name in ((plain, "no"), (other, precision)):
+        settings: dict[str, Any] = {"optimizer": "muon", "mixed_precision": name}
+        model.gradients(0)
+        build_optimizer({"unet": model}, TrainingConfig(**settings)).step()
+    assert torch.equal(plain.conv.weight, other.conv.weight) is (within is None)
+    torch.testing.assert_close(plain.conv.weight, other.conv.weight, rtol=0.0, atol=1e-5)
+    assert torch.equal(plain.table.weight, other.table.weight)
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:

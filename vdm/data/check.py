@@ -21,7 +21,7 @@ from vdm.data.pool import Lost, run_each
 from vdm.data.ssv2 import ClipFile, NoFiles, NoSuchSplit, Split
 from vdm.data.video import UnreadableClip, scan
 from vdm.errors import UserError
-from vdm.files import replacing
+from vdm.files import is_file, replacing
 
 SHORT = "short: "  # how the problem of a clip begins that is merely short
 FROZEN_SHARE = 0.8  # a clip more of whose frames show what the one before does is no moving picture
@@ -120,7 +120,7 @@ def claim(path: Path) -> None:
 
     Raises UserError where it cannot.
     """
-    if not path.is_file():
+    if not is_file(path):
         write_report(path, [])
         return
     with replacing(path, remedy="choose another --json file") as file:

@@ -87,7 +87,9 @@ def _view_command(arguments: Sequence[str]) -> None:
     parser.add_argument("root", help=ROOT_HELP)
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="values of the data section")
     parser.flag("--output", type=Path, required=True, metavar="OUT.html", help="the page, which needs no other file")
-    parser.flag("--config", type=Path, metavar="CONFIG.yaml", help="a run's config, whose data section and seed count")
+    parser.flag(
+        "--config", type=Path, metavar="CONFIG.yaml", help="a run's config: its data section, seed and clips a step"
+    )
     parser.flag("--num_clips", type=int, default=24, metavar="N", help="of the stream of training clips (default 24)")
     options = parser.parse_intermixed_args(arguments)
     if not 1 <= options.num_clips <= 1000:
