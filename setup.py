@@ -35,7 +35,7 @@ setup(
         "open_clip_torch>=3.0",
         "numpy>=1.24",
         "opencv-python>=4.8",
-        "av>=14.2",  # the first with VideoFrame.rotation
+        "av>=17,<19",  # the first whose conversions may be told to take one thread; 19 has no metadata_errors
         "fsspec>=2024.2",  # comes with torch
         "safetensors>=0.4.3",
         "pyyaml>=6",

@@ -234,6 +234,7 @@ def command(arguments: Sequence[str]) -> None:
     parser.flag("--root", type=Path, metavar="DIR", help="a folder of videos with a .txt beside each; made by default")
     parser.flag("--num_clips", type=int, default=64, metavar="N", help="how many to make (default 64)")
     parser.flag("--rounds", type=int, default=5, metavar="N", help="turns of each way (default 5)")
+    parser.flag("--device", choices=("cpu",), default="cpu", help="it is of the CPU")
     parser.flag("--json", type=Path, metavar="FILE", help="save the numbers")
     options: argparse.Namespace = parser.parse_args(arguments)
     for name in ("num_clips", "rounds"):

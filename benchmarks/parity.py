@@ -295,6 +295,7 @@ def command(arguments: Sequence[str]) -> None:
     parser = Parser(prog="parity.py", description=str(__doc__).split("\n")[0])
     parser.flag("--full", action="store_true", help="the full-size UNet too")
     parser.flag("--original", type=Path, metavar="DIR", help="modelscope's own folder video_synthesis")
+    parser.flag("--device", choices=("cpu",), default="cpu", help="it is of the CPU")
     parser.flag("--json", type=Path, metavar="FILE", help="save the table")
     options: argparse.Namespace = parser.parse_args(arguments)
     try:

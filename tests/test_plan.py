@@ -173,6 +173,16 @@ def test_what_is_amiss_is_said(overrides: tuple[str, ...], sentence: str) -> Non
     assert any(sentence in one for one in warnings_of(config_of(*overrides), PLENTY))
 
 
+def test_shards_by_a_pattern_and_a_home_are_looked_for_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part-08.tar").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root, there in (("~/part-{08..11}.tar", True), ("~", True), ("~/part-{07..11}.tar", False), ("~/no", False)):
+        told = warnings_of(config_of("data.format=webdataset", f"data.root={root}"), PLENTY)
+        assert any("is not there" in one for one in told) is not there, root
+
+
 def test_what_is_right_is_not_complained_of() -> None:
     config = config_of("vae.vae_weights=here", "data.num_clips=6", "training.checkpointing_steps=3")
     assert list(warnings_of(config, PLENTY)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -149,6 +150,12 @@ def _differences(config: Config, changed: Config) -> Iterator[str]:
                 yield f"{section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
+def _is_there(root: str) -> bool:
+    """Whether a data root can be read, as far as can be told from here; of a pattern of shards, the first."""
+    first = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", root)
+    return "://" in root or Path(first).expanduser().exists()
+
+
 def warnings_of(config: Config, disk: Disk) -> Iterator[str]:
     """What would be a pity to learn of later, a sentence each."""
     training, data = config.training, config.data
@@ -158,7 +165,7 @@ def warnings_of(config: Config, disk: Disk) -> Iterator[str]:
     if data.format != "mini-something":
         if data.root is None:
             yield "data.root is not set"
-        elif "://" not in data.root and not Path(data.root).exists() and data.cache_dir is None:
+        elif data.cache_dir is None and not _is_there(data.root):
             yield f"data.root={data.root} is not there"
     if data.cache_dir is not None and not Path(data.cache_dir).is_dir():
         yield f"data.cache_dir={data.cache_dir} is not there yet; vdm data cache makes it"

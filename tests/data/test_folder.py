@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from vdm.data.folder import find_folder
 from vdm.data.ssv2 import validation_ids
+from vdm.data.subset import choose
 from vdm.errors import UserError
 
 
@@ -37,6 +40,13 @@ def test_validation_is_the_same_tenth_as_everywhere(tmp_path):
     validation = {clip.id for clip in find_folder(tmp_path, "validation")}
     assert validation == validation_ids(str(number) for number in range(30)) and len(validation) == 3
     assert train.isdisjoint(validation) and len(train) == 27
+
+
+def test_a_name_that_is_no_utf8_is_drawn_among_the_others(tmp_path):
+    for name in ("a.mp4", "b.mp4", os.fsdecode(b"caf\xe9.mp4")):
+        put(tmp_path, name, "x")
+    clips = both(tmp_path)
+    assert len(choose(clips, num_clips=2)) == 2 and choose(clips, num_clips=3) == clips
 
 
 def test_videos_without_a_usable_caption_are_marked(tmp_path):

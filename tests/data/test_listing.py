@@ -70,7 +70,8 @@ def test_a_line_may_have_a_template(tmp_path: Path) -> None:
         ("jsonl", '{"file": "a.mp4"', "line 1 of .* is not valid JSON"),
         ("jsonl", '{"file": "a.mp4", "caption": "x"}\n{"caption": "x"}', "line 2 of .* names no file"),
         ("jsonl", "[1]", "line 1 of .* names no file"),
-        ("csv", "path,caption\na.mp4,x\n", "line 2 of .* names no file; each line needs file and caption"),
+        ("csv", "file,caption\n,x\n", "line 2 of .* names no file; each line needs file and caption"),
+        ("csv", "a.mp4,x\nb.mp4,y\n", "first line of .* names no columns file and caption; begin it: file,caption"),
         ("csv", "", "the train split of .* is empty"),
     ],
 )

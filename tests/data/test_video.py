@@ -55,10 +55,13 @@ def encode(
     codec: str = "libx264",
     colour_range: ColorRange = ColorRange.MPEG,
     bframes: int = 3,
+    title: str = "",
 ) -> None:
     """Write frames with stamps of one's own choice, and metadata that write_video never writes."""
     with av.open(str(path), "w") as container:
         options = {**video.X264, "bf": str(bframes)} if codec == "libx264" else {}
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=10, options={**options, "crf": "10"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.color_range = colour_range
@@ -204,6 +207,42 @@ def test_a_missing_file_and_a_file_without_pictures(tmp_path):
         container.mux(stream.encode(silence))
     with pytest.raises(UnreadableClip, match="it has no video stream"):
         read_clip(tmp_path / "sound.wav", fps=8, num_frames=4)
+
+
+def test_a_title_in_another_encoding_is_no_matter(tmp_path):
+    encode(tmp_path / "clip.avi", grey_steps(8), bframes=0, title="caXe!")
+    data = (tmp_path / "clip.avi").read_bytes()
+    (tmp_path / "latin.avi").write_bytes(data.replace(b"caXe!", b"caf\xe9!"))
+    assert (tmp_path / "latin.avi").read_bytes() != data
+    plain, latin = (read_clip(tmp_path / f"{name}.avi", fps=10, num_frames=8, start=0) for name in ("clip", "latin"))
+    assert np.array_equal(plain, latin)
+
+
+def test_a_codec_that_nobody_knows_is_named(tmp_path):
+    encode(tmp_path / "clip.mp4", grey_steps(8))
+    data = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "clip.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
+    for read in (lambda path: read_clip(path, fps=10, num_frames=8), video.scan):
+        with pytest.raises(UnreadableClip, match="there is no decoder for its codec"):
+            read(tmp_path / "clip.mp4")
+
+
+def test_a_packet_that_shows_nothing_is_no_frame_that_is_missing(tmp_path):
+    """Of VP8, whose frames to refer to lie in packets of their own; here a hidden copy goes before every frame."""
+    encode(tmp_path / "plain.webm", grey_steps(8), codec="libvpx")
+    with av.open(str(tmp_path / "plain.webm")) as plain, av.open(str(tmp_path / "hidden.webm"), "w") as hidden:
+        stream = hidden.add_stream_from_template(plain.streams.video[0])
+        for packet in plain.demux(video=0):
+            if packet.size:
+                data = bytes(packet)
+                for first, later in ((data[0] & ~0x10, 0), (data[0], 1)):
+                    copy = av.Packet(bytes([first]) + data[1:])
+                    copy.pts = copy.dts = packet.pts + later
+                    copy.stream, copy.time_base, copy.is_keyframe = stream, packet.time_base, packet.is_keyframe
+                    hidden.mux(copy)
+    for name in ("plain", "hidden"):
+        found = video.scan(tmp_path / f"{name}.webm")
+        assert (len(found.times), found.num_listed, found.error) == (8, 8, ""), name
 
 
 def test_libav_does_not_speak_for_itself(clips_dir):

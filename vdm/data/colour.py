@@ -12,16 +12,18 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 
 from vdm.data.transforms import Crop, Frames, resize, resize_crop
 
 # Red's and blue's share of light (ITU-T H.273, table 4), by code point; what says nothing is taken for BT.601.
 LIGHT = {1: (0.2126, 0.0722), 2: (0.299, 0.114), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
-ACCURATE = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
+# libswscale's flags by number, for before PyAV 18, which has no Python 3.10, most of them have no names there.
+BILINEAR, BICUBIC, ACCURATE_RND, FULL_CHR_H_INT = 0x2, 0x4, 0x40000, 0x2000
+ACCURATE = BICUBIC | ACCURATE_RND | FULL_CHR_H_INT
 # For reading: of colour between its samples a tenth of a level from the above on average, in half the time. libav's
 # default is another ten times as fast, and off by up to 60 levels at the edges of colours, which captions name.
-READING = int(Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
+READING = BILINEAR | ACCURATE_RND | FULL_CHR_H_INT
 
 
 def to_rgb(frame: VideoFrame, crop: Crop | None, *, size: tuple[int, int], out: Frames | None = None) -> Frames:

@@ -58,6 +58,8 @@ def _parsed(text: str, path: Path, kind: Kind) -> Iterator[tuple[int, object]]:
     if kind == "csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
+            if reader.fieldnames is not None and not {"file", "caption"} <= {*reader.fieldnames}:
+                raise UserError(f"the first line of {path} names no columns file and caption; begin it: file,caption")
             for entry in reader:
                 yield reader.line_num, entry
         except csv.Error as error:

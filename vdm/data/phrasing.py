@@ -27,7 +27,7 @@ _GERUNDS = """
     trying:try turning:turn twisting:twist uncovering:uncover unfolding:unfold wiping:wipe wringing:wring
 """
 _BASES: dict[str, str] = dict(pair.split(":") for pair in _GERUNDS.split())
-_VERB = re.compile(r"(^|\b(?:and|but|or|then) |\()([a-z]+ing)\b")
+_VERB = re.compile(r"(^|\b(?:and|but|or|then) |\()(?!nothing\b)([a-z]+ing)\b")
 
 # Before these a noun has no further article.
 _DETERMINED = re.compile(
@@ -86,12 +86,15 @@ def with_article(words: str) -> str:
 
 def _with_a_person(bare: str, form: int) -> str:
     if form == 0:
-        return "a person " + _VERB.sub(lambda m: m[1] + _third_person(_BASES.get(m[2], m[2])), bare).replace(
-            "your", "their"
-        )
+        return "a person " + _of_others(_VERB.sub(lambda m: m[1] + _third_person(_BASES.get(m[2], m[2])), bare))
     if form == 1:
         return _VERB.sub(lambda m: m[1] + _BASES.get(m[2], m[2]), bare)
-    return "someone is " + bare.replace("your", "their") if form == 2 else bare
+    return "someone is " + _of_others(bare) if form == 2 else bare
+
+
+def _of_others(words: str) -> str:
+    """What is said to the one who acts, as said of them."""
+    return re.sub(r"\byou\b", "they", words).replace("your", "their")
 
 
 def _with_its_subject(bare: str, form: int) -> str:

@@ -231,7 +231,7 @@ def scan(path: File) -> Scan:
     with _opened(path) as (container, stream):
         try:
             for packet in container.demux(stream):
-                listed += bool(packet.size and not packet.is_discard)
+                listed += _shows(packet, stream)
                 for frame in packet.decode():
                     assert isinstance(frame, VideoFrame)
                     if not stamps:
@@ -244,11 +244,19 @@ def scan(path: File) -> Scan:
         except av.FFmpegError as problem:
             error = in_words(problem)
             with suppress(av.FFmpegError):  # what the container holds besides
-                listed += sum(bool(packet.size and not packet.is_discard) for packet in container.demux(stream))
+                listed += sum(_shows(packet, stream) for packet in container.demux(stream))
         if not stamps:
             raise UnreadableClip(path, error or ("no frame of it decodes" if listed else "it holds no video frame"))
         width, height = size if rotation % 2 == 0 else size[::-1]
         return Scan(_display_times(stamps, stream), width, height, 90 * rotation, listed, same, error)
+
+
+def _shows(packet: Packet, stream: VideoStream) -> bool:
+    """Whether a frame is to come of a packet. VP8 stores what others refer to as packets of their own, which its
+    containers do not mark, but the codec does (RFC 6386, section 9.1)."""
+    if not packet.size or packet.is_discard:
+        return False
+    return stream.codec_context.name != "vp8" or bool(bytes(packet)[0] & 0x10)
 
 
 @contextmanager
@@ -256,13 +264,16 @@ def _opened(path: File) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream, set to decode in this thread alone; closed on the way out."""
     path = _loaded(path)
     try:
-        container = av.open(io.BytesIO(path.data or b"") if isinstance(path, Packed) else str(path), "r")
+        file = io.BytesIO(path.data or b"") if isinstance(path, Packed) else str(path)
+        container = av.open(file, "r", metadata_errors="replace")  # a title in another encoding is no matter
     except (av.FFmpegError, OSError) as error:
         raise UnreadableClip(path, in_words(error)) from error
     with container:
         if not container.streams.video:
             raise UnreadableClip(path, "it has no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise UnreadableClip(path, "there is no decoder for its codec")
         stream.thread_type = "NONE"  # workers are the parallelism; threads inside each would only fight over the cores
         stream.codec_context.thread_count = 1
         yield container, stream
