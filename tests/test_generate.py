@@ -17,7 +17,7 @@ from vdm import generate as module
 from vdm.components import build_components
 from vdm.config import load
 from vdm.data.video import read_clip
-from vdm.errors import UserError
+from vdm.errors import Failure, UserError
 from vdm.generate import PROMPTS, Request, generate, read_prompts, slug
 from vdm.pipeline import TextToVideo
 
@@ -253,11 +253,39 @@ def test_the_output_folder_is_tried_before_the_model_is_loaded(tmp_path: Path, m
             generate(Request(CLIPS, output_dir=folder))
 
 
+def test_settings_without_a_flag_are_given_as_overrides(model: Path, tmp_path: Path) -> None:
+    plain, rescaled = (
+        make(model, tmp_path / name, prompts=("ball",), overrides=overrides)[0]
+        for name, overrides in (("plain", ()), ("rescaled", ("sampling.guidance_rescale=1.0", "sampling.eta=0.0")))
+    )
+    assert not np.array_equal(plain, rescaled)
+    (record,) = records(tmp_path / "rescaled")
+    assert record["overrides"] == ["sampling.guidance_rescale=1.0", "sampling.eta=0.0"]
+    assert "overrides" not in records(tmp_path / "plain")[0]
+    for wrong, sentence in (
+        ("model.unet_dim=8", "'model.unet_dim=8' is no setting of sampling"),
+        ("sampling.guidence_scale=2", "unknown key sampling.guidence_scale; did you mean guidance_scale"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            make(model, tmp_path / "wrong", overrides=(wrong,))
+
+
+def test_a_gpu_that_is_too_small_is_told_what_helps(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: TextToVideo, *_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(TextToVideo, "__call__", full)
+    with pytest.raises(Failure, match="memory of cpu is too small for this; .*sampling.vae_tile=32"):
+        make(model, tmp_path)
+
+
 def test_eta_is_for_ddim_also_where_the_model_says_the_sampler(model: Path, tmp_path: Path) -> None:
     config = load(TINY, ["sampling.sampler=dpmpp"])
     TextToVideo(config, build_components(config)).save_pretrained(tmp_path / "model")
     for wishes in ({"checkpoint": tmp_path / "model"}, {"checkpoint": model, "sampler": "ddpm"}):
-        with pytest.raises(UserError, match="--eta is not for the sampler dd?p"):
+        with pytest.raises(UserError, match="eta is not for the sampler dd?p"):
             generate(Request(CLIPS, output_dir=tmp_path / "out", eta=0.5, **wishes))  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,26 @@ def test_guidance_in_two_calls_and_decoding_in_squares_give_the_same_or_nearly()
 def test_a_model_that_sampled_by_a_graph_samples_without_a_gpu() -> None:
     one, other = (latents_of(make(f"sampling.cuda_graph={graph}"), height=16, width=16) for graph in ("true", "false"))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize(("correlation", "low", "high"), [(0, -0.3, 0.3), (0.95, 0.8, 1.0)])
+def test_random_steps_draw_noise_as_it_was_trained_with(
+    sampler: str, correlation: float, low: float, high: float
+) -> None:
+    """From the same start the first steps of two seeds differ by their noise alone."""
+    pipe = make(f"training.frame_noise_correlation={correlation}")
+    first: list[Tensor] = []
+    for seed in (1, 2):
+        options: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 2, "output_type": "latent"}
+        options |= {"eta": 1.0} if sampler == "ddim" else {}
+        pipe(
+            "ball", latents=torch.zeros(1, 4, 4, 16, 16), generator=seeds(seed), **options,
+            callback=lambda index, t, x: first.append(x.clone()) if index == 0 else None,
+        )  # fmt: skip
+    noise = (first[0] - first[1])[0]
+    pair = torch.stack([noise[:, 0].flatten(), noise[:, 3].flatten()])
+    assert low < float(torch.corrcoef(pair)[0, 1]) < high
 
 
 # ---- to disk and back

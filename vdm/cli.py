@@ -138,7 +138,8 @@ def _plan_command(options: argparse.Namespace) -> None:
 def sample_command(arguments: Sequence[str]) -> None:
     """`sample.py`"""
     parser = _sample_parser()
-    options = vars(parser.parse_args(arguments))
+    options = vars(parser.parse_intermixed_args(arguments))
+    options["overrides"] = tuple(options["overrides"])
     scale = options.pop("lora_scale")
     if scale is not None and options["lora_path"] is None:
         raise UserError("--lora_scale is that of --lora_path; give both, or neither")
@@ -156,6 +157,9 @@ def sample_command(arguments: Sequence[str]) -> None:
 
 def _sample_parser() -> Parser:
     parser = Parser(prog="sample.py", description="Make clips from prompts; the checkpoint says what is not given.")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="sampling.key=value", help="what has no flag, such as sampling.vae_tile=32"
+    )
     parser.flag("--checkpoint", type=Path, metavar="DIR", help="a model folder: vdm, diffusers or ModelScope")
     parser.flag("--prompt", action="append", metavar="TEXT", help="may be repeated; a few built-in prompts by default")
     parser.flag("--prompt_file", type=Path, metavar="FILE", help="one prompt a line")

@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from vdm.components import SHIPPED
+from vdm.config import override
 from vdm.data.sheet import contact_sheet
 from vdm.data.transforms import Frames
 from vdm.data.video import to_uint8, write_video
-from vdm.errors import UserError
+from vdm.errors import Failure, UserError
 from vdm.files import replacing
 from vdm.pipeline import TextToVideo
 
@@ -56,6 +57,7 @@ class Request:
     output_dir: Path = Path("results/samples")
     device: str | None = None
     dtype: str = "fp32"
+    overrides: tuple[str, ...] = ()  # sampling.key=value, in place of what the checkpoint's config says
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -80,11 +82,11 @@ def generate(request: Request) -> list[Path]:
             raise UserError(f"--{name} must be at least 1, got {getattr(request, name)}")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
+    if others := [one for one in request.overrides if not one.strip().startswith("sampling.")]:
+        raise UserError(f"{others[0]!r} is no setting of sampling; write what is one as sampling.key=value")
     _require_writable(request.output_dir)
     pipe = TextToVideo.from_pretrained(request.checkpoint)
-    sampler = request.sampler or pipe.config.sampling.sampler
-    if request.eta and sampler != "ddim":
-        raise UserError(f"--eta is not for the sampler {sampler}; leave it out, or use --sampler ddim")
+    pipe.config = override(pipe.config, request.overrides)
     if request.lora_path is not None:
         count = pipe.load_lora(request.lora_path, scale=request.lora_scale)
         print(f"merged a LoRA of {count} layers from {request.lora_path}")
@@ -154,19 +156,25 @@ class _Records:
 
 def _sampled(pipe: TextToVideo, request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
     """(B,T,3,H,W) in [0,1]."""
-    video = pipe(
-        prompts,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=request.steps,
-        num_frames=request.num_frames,
-        height=request.height,
-        width=request.width,
-        guidance_scale=request.guidance_scale,
-        eta=request.eta,
-        sampler=request.sampler,  # type: ignore[arg-type]
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).frames
+    try:
+        video = pipe(
+            prompts,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.steps,
+            num_frames=request.num_frames,
+            height=request.height,
+            width=request.width,
+            guidance_scale=request.guidance_scale,
+            eta=request.eta,
+            sampler=request.sampler,  # type: ignore[arg-type]
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).frames
+    except torch.OutOfMemoryError as error:
+        raise Failure(
+            f"the memory of {pipe.device} is too small for this; sample with --batch_size 1, --dtype bf16, "
+            "sampling.guidance_at_once=false or sampling.vae_tile=32, or make smaller or shorter clips"
+        ) from error
     return torch.as_tensor(video)
 
 
@@ -183,6 +191,8 @@ def _record(pipe: TextToVideo, request: Request, shape: tuple[int, ...], fps: fl
     record = {key: default if given is None else given for key, (given, default) in chosen.items()}
     if request.lora_path is not None:
         record |= {"lora_path": str(request.lora_path), "lora_scale": request.lora_scale}
+    if request.overrides:
+        record |= {"overrides": list(request.overrides)}
     size = {"num_frames": shape[0], "height": shape[1], "width": shape[2], "fps": fps}
     return {**record, **size, "checkpoint": str(request.checkpoint or SHIPPED.name)}
 

@@ -134,6 +134,8 @@ class TextToVideo:
             latents, num_inference_steps=num_inference_steps, num_frames=num_frames, height=height, width=width,
             guidance_scale=guidance_scale, eta=eta, sampler=sampler,
         )  # fmt: skip
+        if eta and options.sampler != "ddim":
+            raise UserError(f"eta is not for the sampler {options.sampler}; leave it out, or sample with ddim")
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UserError(f"output_type must be np, pt, pil or latent, got {output_type!r}")
         if not isinstance(callback_steps, int) or callback_steps < 1:

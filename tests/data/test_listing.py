@@ -49,6 +49,19 @@ def test_a_list_is_read(tmp_path: Path, kind: str, where: str) -> None:
         find_listed(root, "test", kind=kind)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("file", "caption"), [("path", "text"), ("file_name", "text"), ("video", "caption")])
+def test_lists_of_other_makers_are_read(tmp_path: Path, file: str, caption: str) -> None:
+    for kind, lines in (
+        ("jsonl", [json.dumps({file: f"{name}.mp4", caption: f"clip {name}", "fps": 8}) for name in "abc"]),
+        ("csv", [f"{file},fps,{caption}", *(f"{name}.mp4,8,clip {name}" for name in "abc")]),
+    ):
+        (tmp_path / f"m.{kind}").write_text("\n".join(lines))
+        found = [find_listed(tmp_path / f"m.{kind}", split, kind=kind) for split in ("train", "validation")]  # type: ignore[arg-type]
+        assert {(clip.path.name, clip.caption) for clips in found for clip in clips} == {
+            (f"{name}.mp4", f"clip {name}") for name in "abc"
+        }
+
+
 def test_a_line_may_have_a_template(tmp_path: Path) -> None:
     entry = {"file": "a.mp4", "caption": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
     lines = [entry, {**entry, "file": "b.mp4", "placeholders": ["a", "b"]}, {"file": "c.mp4"}]

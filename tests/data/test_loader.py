@@ -321,10 +321,18 @@ def test_no_worker_outlives_its_stream(written, tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def test_pinning_keeps_all_but_the_memory(monkeypatch):
-    [batch] = take(dataset(), 1, pin_memory=True)  # without a GPU the wish is passed over
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 0)
-    assert_same([batch.pin_memory()], [batch])
+@pytest.mark.parametrize(("wish", "gpu", "count"), [(True, True, 2), (False, True, 0), (True, False, 0)])
+def test_batches_are_pinned_where_that_is_wished_for_and_there_is_a_gpu(monkeypatch, wish, gpu, count):
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.shape)
+        return tensor + 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert_same(take(dataset(), 2, pin_memory=wish), take(dataset(), 2))
+    assert len(pinned) == count
 
 
 # --- bad clips ---
@@ -489,6 +497,17 @@ def test_part_of_the_videos_is_enough_for_a_subset(written, tmp_path):
     assert len(clips) == 3 and clips.missing == []
     with pytest.raises(UserError, match="no file"):
         dataset(files_config(copy, num_clips=9))
+
+
+def test_part_of_the_videos_is_enough_to_validate_with(tmp_path):
+    write_ssv2(tmp_path, num_clips=30, size=16, num_frames=2, fps=8, seed=0)
+    held_out = dataset(files_config(tmp_path, validation_clips=3), split="validation").source.clips
+    assert len(held_out) == 3
+    next(tmp_path.glob(f"*/{held_out[0].id}.*")).unlink()
+    clips = dataset(files_config(tmp_path, validation_clips=2), split="validation")
+    assert clips.source.clips == held_out[1:] and clips.missing == []
+    with pytest.raises(UserError, match="no file"):
+        dataset(files_config(tmp_path, validation_clips=3), split="validation")
 
 
 # --- short clips ---

@@ -187,6 +187,12 @@ def test_the_reference_is_all_clips_or_a_split_or_so_many_by_hash(tmp_path: Path
     with pytest.raises(UserError, match="has 1 usable clips"):
         reference_clips(root, most=1)
 
+    for name in {entry["id"] for entry in json.loads((root / "train.json").read_text())}:
+        (folder / f"{name}.mp4").unlink(missing_ok=True)
+    left, notes = reference_clips(root)
+    assert {clip.id for clip in left} == held_out & {path.stem for path in folder.iterdir()}
+    assert notes[0] == "the train split was left out: it has no files"
+
 
 @given(st.integers(2, 6), st.text(max_size=5))
 def test_alterations_depend_on_the_name_alone_and_change_what_they_should(num_frames: int, name: str) -> None:

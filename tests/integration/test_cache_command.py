@@ -18,13 +18,16 @@ import pytest
 import torch
 
 from vdm import precompute
+from vdm.components import build_text_encoder, load_part
 from vdm.config import load
+from vdm.data.cache import look_name
 from vdm.data.mini_something import write_ssv2
 from vdm.models import VideoVAE
 from vdm.text.encoder import TextEncoder
 from vdm.training.kinds import build_task
 from vdm.training.loop import train
 from vdm.training.trainer import Trainer
+from vdm.weights import open_weights
 
 Command = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -132,7 +135,17 @@ def test_a_trainable_tower_is_kept_and_trained(root: Path, tmp_path: Path) -> No
         config = load(TINY, [*overrides(root, *more), "max_train_steps=3", f"run_dir={tmp_path / f'{task}-run'}"])
         precompute.write_cache(config, tmp_path / task, dtype=torch.float32, device=CPU)
         assert not list((tmp_path / task).glob("text-*")), "its contexts change"
-        assert (train(config) / "text.safetensors").is_file()
+        tower = build_text_encoder(config)
+        before = tower.tower.positional_embedding.detach().clone()
+        load_part(tower, train(config), "text")
+        assert not torch.equal(tower.tower.positional_embedding, before), "it has learned"
+
+
+def test_every_crop_is_there(root: Path, tmp_path: Path) -> None:
+    config = load(TINY, overrides(root, "data.crop=random", "data.cache_crops=3"))
+    precompute.write_cache(config, tmp_path / "cache", dtype=torch.float32, device=CPU)
+    names = {name for file in (tmp_path / "cache").glob("train-*.safetensors") for name in open_weights(file)}
+    assert {look_name(index, crop, False) for index in range(27) for crop in range(3)} <= names
 
 
 @pytest.mark.slow

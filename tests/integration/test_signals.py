@@ -20,7 +20,7 @@ from vdm import checkpoint
 from vdm.checkpoint import latest, list_checkpoints, load_weights
 from vdm.config import load
 from vdm.data.mini_something import write_ssv2
-from vdm.errors import CannotWrite, UserError
+from vdm.errors import Failure, UserError
 from vdm.training.kinds import build_task
 from vdm.training.loop import Loop, train
 from vdm.training.signals import SIGNALS, StopRequest
@@ -160,7 +160,7 @@ def test_a_full_disk_costs_checkpoints_and_only_after_three_of_them_the_run(
     before = (tmp_path / "checkpoint-2" / "unet.safetensors").read_bytes()
     capsys.readouterr()
     no_room(20_000)
-    with pytest.raises(CannotWrite, match="checkpoint-8 cannot be written: .*free space there"):
+    with pytest.raises(Failure, match="checkpoint-8 cannot be written: .*free space there"):
         train(load(TINY, common), resume="latest")
     no_room(-1)
     told = capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_killed_many_times_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     """At any instant, also while it saves, which it does after every step."""
     common = ("training.max_train_steps=40", "training.checkpointing_steps=1", "training.keep_checkpoints=2",
               "training.validation_steps=7", "model.dropout=0.2")  # fmt: skip
@@ -253,6 +253,8 @@ def test_killed_twenty_times_it_ends_with_the_same_weights(tmp_path: Path) -> No
     rng = torch.Generator().manual_seed(0)
     for number in range(20):
         before = len(list_checkpoints(run_dir)) and int(list_checkpoints(run_dir)[-1].name.removeprefix("checkpoint-"))
+        if before >= 34 and number >= 8:  # on a fast machine, whose next kill might come after the end
+            break
         resume = ("--resume", "latest")
         with subprocess.Popen(
             [sys.executable, "train.py", str(TINY), f"run_dir={run_dir}", *common, *resume],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +36,16 @@ def test_tiles_cover_all_and_overlap(length: int, tile: int) -> None:
 def test_blending_is_seamless(B: int, T: int, h: int, w: int, tile: int) -> None:
     z, decoder = randn(B, 4, T, h, w), Enlarge()
     torch.testing.assert_close(decode_tiles(decoder, tile, 2, z), decoder(z), rtol=0.0, atol=1e-6)
+
+
+def test_neighbouring_squares_fade_into_each_other() -> None:
+    number = itertools.count()
+
+    def flat(z: Tensor) -> Tensor:
+        return torch.full((1, 3, 1, 2 * z.shape[3], 2 * z.shape[4]), float(next(number)))
+
+    row = decode_tiles(flat, 8, 2, torch.zeros(1, 4, 1, 8, 14))[0, 0, 0, 0]  # of latents 0 to 8 and 6 to 14
+    assert row.tolist() == pytest.approx([0.0] * 12 + [0.125, 0.375, 0.625, 0.875] + [1.0] * 12)
 
 
 @settings(max_examples=10)

@@ -282,9 +282,10 @@ def test_how_much_clips_move_is_told_with_every_preview(tmp_path: Path) -> None:
     assert isinstance(task, UNetTask)
     batch = next(trainer.held_out_batches(3))
     brighter = torch.linspace(-1, 1, 4)[None, None, :, None, None]
-    task.parts.vae.decode = lambda z, **_: brighter.expand(len(z), 3, 4, 16, 16)  # type: ignore[method-assign]
+    scales = iter([0.5])  # the preview is decoded first, then what the data's clips become
+    task.parts.vae.decode = lambda z, **_: next(scales, 1.0) * brighter.expand(len(z), 3, 4, 16, 16)  # type: ignore[method-assign]
     values = task.preview(tmp_path / "preview", batch)
-    assert values == pytest.approx({"preview_motion": 1 / 3, "data_motion": 1 / 3, "motion_ratio": 1.0})
+    assert values == pytest.approx({"preview_motion": 1 / 6, "data_motion": 1 / 3, "motion_ratio": 0.5})
 
 
 # ---- what is said of it

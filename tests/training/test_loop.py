@@ -54,6 +54,26 @@ def norm_of(gradients: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
 
 
+def test_a_loss_scaler_changes_no_number_skips_what_overflows_and_is_kept(tmp_path: Path) -> None:
+    """As in float16 on a GPU; its scales are powers of two, which float32 holds exactly."""
+    plain, scaled = (trainer_of(tmp_path / name, "training.max_grad_norm=0.1") for name in ("plain", "scaled"))
+    scaled.scaler = torch.amp.GradScaler("cpu")
+    (values, gradients), (same, theirs) = step(plain), step(scaled)
+    assert values == same and all(torch.equal(gradient, theirs[name]) for name, gradient in gradients.items())
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters, scaled.parameters, strict=True))
+    before = [p.detach().clone() for p in scaled.parameters]
+    hook = scaled.parameters[0].register_hook(lambda gradient: gradient + math.inf)
+    values, _ = step(scaled)
+    hook.remove()
+    assert all(torch.equal(p, b) for p, b in zip(scaled.parameters, before, strict=True))
+    assert scaled.scaler.get_scale() == 2.0**15 and values["skipped_steps"] == 0, "an overflow is no fault"
+    scaled.save()
+    other = trainer_of(tmp_path / "scaled", "training.max_grad_norm=0.1")
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.restore(tmp_path / "scaled" / "checkpoint-2")
+    assert other.scaler.get_scale() == 2.0**15
+
+
 def records(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 

@@ -436,6 +436,16 @@ def test_a_lora_is_no_model_and_says_how_it_is_used(finished: Path, base: Path, 
         train(load(TINY, [f"run_dir={finished.parent / name}", f"training.init_from={finished / name}"]))
 
 
+@pytest.mark.parametrize(("name", "file"), [("final", "adapter_model"), ("checkpoint-4", "lora.ema")])
+def test_a_damaged_lora_is_not_merged(finished: Path, base: Path, tmp_path: Path, name: str, file: str) -> None:
+    copy = shutil.copytree(finished / name, tmp_path / name) / f"{file}.safetensors"
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    with pytest.raises(UserError, match=f"{file}.safetensors is damaged, for its SHA-256 differs"):
+        TextToVideo.from_pretrained(base).load_lora(tmp_path / name)
+
+
 # ---- the config that ships
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vdm.training import rounding
 from vdm.training.rounding import BLOCK, dequantise, dynamic_code, quantise, round_to_bf16
 
 
@@ -82,3 +83,17 @@ def test_a_block_of_zeros_stays_so() -> None:
     for signed in (True, False):
         code = dynamic_code(signed=signed)
         assert (dequantise(*quantise(torch.zeros(300), code, generator()), code) == 0.0).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_what_is_quantised_in_slices_is_a_neighbour_too(monkeypatch: pytest.MonkeyPatch, signed: bool) -> None:
+    """As weights of more than four million numbers are."""
+    assert rounding.SLICE % BLOCK == 0
+    monkeypatch.setattr(rounding, "SLICE", 2 * BLOCK)
+    count = 5 * BLOCK + 7
+    x = torch.randn(count, generator=generator()) * torch.logspace(-6, 3, count)
+    x, code = (x if signed else x.abs()), dynamic_code(signed=signed)
+    index, scale = quantise(x, code, generator(1))
+    largest = scale.repeat_interleave(BLOCK)[:count]
+    assert scale.shape == (6,) and index.shape == x.shape
+    assert ((dequantise(index, scale, code) - x).abs() <= code.diff().max() * largest * 1.001).all()

@@ -221,6 +221,19 @@ def test_the_autoencoders_losses_fit_together() -> None:
     assert bare["kl"] > 0.0 and bare["latent_std"] > 0.0
 
 
+def test_the_autoencoders_loss_is_its_formula() -> None:
+    task = vae_task("training.edge_weight=0.5", "training.colour_weight=0.25", "training.kl_weight=0")
+    batch = batch_of(task, 0, 1)
+    video = to_float(batch.video)
+    error = 0.1 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
+    task.vae.decode = lambda z: video + error  # type: ignore[method-assign]
+    e = error.double()
+    edges = e.diff(dim=3).abs().mean() + e.diff(dim=4).abs().mean()
+    colour = (e - e.mean(1, keepdim=True)).square().mean()
+    expected = e.abs().mean() + 4.0 * e.square().mean() + 0.25 * colour + 0.5 * edges
+    assert loss(task, batch) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_colour_term_is_blind_to_grey() -> None:
     """An error that is the same in all three channels costs nothing in it."""
     task = vae_task("training.colour_weight=1000")

@@ -95,9 +95,11 @@ class ClipDataset(Dataset[Sample]):
         """The subset that the config asks for. Clips that are known to be unusable do not stand in its way, as long as
         there are enough others: of the full annotations one may have a part of the videos."""
         config, train = self.config, self.split == "train"
-        if not config.templates and (not train or (config.num_clips, config.max_clips_per_template) == (None, None)):
-            return clips
         usable = [clip for clip in clips if not clip.problem]
+        if not train and not config.templates:
+            return usable if len(usable) >= config.validation_clips else clips
+        if not config.templates and (config.num_clips, config.max_clips_per_template) == (None, None):
+            return clips
         chosen = choose(
             usable,
             num_clips=config.num_clips if train else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +15,16 @@ from vdm.errors import UserError
 from vdm.files import is_file
 
 Kind = Literal["jsonl", "csv"]
+FILE, CAPTION = ("file", "file_name", "path", "video"), ("caption", "text")  # as lists of several makers call them
 
 
 def find_listed(root: str | Path, split: Split, *, kind: Kind) -> list[ClipFile]:
     """The clips of one split, as listed; `problem` marks those without a file or a caption.
 
     `root` is the list, or a folder with `metadata.jsonl` or `metadata.csv`. Each line has `file`, relative to the list,
-    and `caption`; a jsonl line may have SSv2's `template` and `placeholders` too. Validation is the tenth of the files
-    with the smallest hash, at least one. Raises UserError for a list that cannot be read, and for an empty split.
+    and `caption`, or these by another name in FILE and CAPTION; a jsonl line may have SSv2's `template` and
+    `placeholders` too. Validation is the tenth of the files with the smallest hash, at least one. Raises UserError for
+    a list that cannot be read, and for an empty split.
     """
     path = Path(root).expanduser()
     path = path / f"metadata.{kind}" if path.is_dir() else path
@@ -49,16 +51,21 @@ def _entries(path: Path, kind: Kind) -> Iterator[Mapping[str, object]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data list {path} cannot be read ({error}); it must be UTF-8 text") from error
     for number, entry in _parsed(text, path, kind):
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str) or not entry["file"]:
+        file = _first(entry, FILE) if isinstance(entry, Mapping) else None
+        if not isinstance(entry, Mapping) or not isinstance(file, str) or not file:
             raise UserError(f"line {number} of {path} names no file; each line needs file and caption")
-        yield entry
+        yield {**entry, "file": file, "caption": _first(entry, CAPTION)}
+
+
+def _first(entry: Mapping[str, object], names: Sequence[str]) -> object:
+    return next((entry[name] for name in names if name in entry), None)
 
 
 def _parsed(text: str, path: Path, kind: Kind) -> Iterator[tuple[int, object]]:
     if kind == "csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
-            if reader.fieldnames is not None and not {"file", "caption"} <= {*reader.fieldnames}:
+            if not all({*names} & {*(reader.fieldnames or names)} for names in (FILE, CAPTION)):
                 raise UserError(f"the first line of {path} names no columns file and caption; begin it: file,caption")
             for entry in reader:
                 yield reader.line_num, entry

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vdm.data.find import find_clips, guess_format
 from vdm.data.packed import File, Packed
-from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, NoSuchSplit, Split
+from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, NoFiles, NoSuchSplit, Split
 from vdm.data.transforms import Crop, Frames, resize_crop
 from vdm.data.video import ShortClip, UnreadableClip, Window, read_window
 from vdm.errors import UserError
@@ -175,14 +175,18 @@ def reference_clips(root: Path, *, split: str = "all", most: int = MOST_REFERENC
     splits: tuple[Split, ...] = ("train", "validation") if split == "all" else (split,)  # type: ignore[assignment]
     found: dict[str, ClipFile] = {}
     error: UserError | None = None
+    notes = []
     for name in splits:
         try:
             found |= {clip.id: clip for clip in find_clips(config, name)}
         except NoSuchSplit as problem:  # not every data set has both
             error = problem
+        except NoFiles as problem:
+            error = problem
+            notes.append(f"the {name} split was left out: it has no files")
     if not found and error is not None:
         raise error
-    notes = [f"{clip.id} was left out: {clip.problem}" for clip in found.values() if clip.problem]
+    notes += [f"{clip.id} was left out: {clip.problem}" for clip in found.values() if clip.problem]
     usable = [clip for clip in found.values() if not clip.problem]
     usable.sort(key=lambda clip: (hashlib.sha256(clip.id.encode("utf-8", "surrogatepass")).hexdigest(), clip.id))
     clips, seen = [], set()

@@ -73,7 +73,7 @@ def with_notes(judged: Judged, notes: Sequence[str]) -> Judged:
     """With what is to be said of every metric, first: the clips that were left out."""
     told = list(notes[:MOST_NAMED])
     if len(notes) > MOST_NAMED:
-        told.append(f"{len(notes) - MOST_NAMED} more clips were left out; per_clip.jsonl names them")
+        told.append(f"{len(notes) - MOST_NAMED} more clips were left out")
     record = judged.record
     if not record.ok or not told:
         return judged

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdm.checkpoint import ADAPTER
+from vdm.checkpoint import ADAPTER, MANIFEST, checked_file
 from vdm.errors import UserError
+from vdm.files import is_file
 from vdm.interop.links import Link
 from vdm.interop.model import making_sense_of, read_json
 from vdm.interop.names import text_links, unet_links
@@ -96,6 +97,8 @@ def _file(path: Path) -> Path:
         raise UserError(
             f"{path} holds {len(others)} .safetensors files and none named {FILES[0]}; name the file itself"
         )
+    if is_file(path / MANIFEST):  # one of our own, which says what its files are
+        return checked_file(path, (named or others)[0].name)
     return (named or others)[0]
 
 

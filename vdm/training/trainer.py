@@ -18,7 +18,7 @@ from vdm import checkpoint, dist
 from vdm.config import Config, to_yaml
 from vdm.data.loader import Batch, batches
 from vdm.data.quarantine import BadClips
-from vdm.errors import CannotWrite, UserError
+from vdm.errors import CannotWrite, Failure, UserError
 from vdm.models.dropout import clip_seeds
 from vdm.training.adam import AdamW
 from vdm.training.diagnostics import Tally, gradient_norms, other_captions
@@ -263,7 +263,7 @@ class Trainer:
     def save(self, *, must: bool = False) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs.
 
-        A disk that is full costs the checkpoint, and the run only when it stays so, or `must` is said: CannotWrite.
+        A disk that is full costs the checkpoint, and the run only when it stays so, or `must` is said: Failure.
         """
         self.settle(wait=True)
         self._begin(self.run_dir / f"checkpoint-{self.step}")
@@ -296,7 +296,7 @@ class Trainer:
         except CannotWrite as error:
             self.failed_saves += 1
             if must or self.failed_saves == MAX_FAILED_SAVES:
-                raise
+                raise Failure(str(error)) from error  # nobody's input, but what may be gone when the run is restarted
             self.say(f"warning: {error}; what was there still is, and the run goes on")
             return
         if path is None:
