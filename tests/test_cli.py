@@ -23,6 +23,7 @@ SAMPLE_FLAGS = {
     "checkpoint": "DIR", "prompt": "TEXT", "prompt_file": "FILE", "negative_prompt": "TEXT", "steps": "N", "eta": "F",
     "sampler": "{ddim,ddpm,dpmpp}", "guidance_scale": "F", "num_frames": "N", "height": "N", "width": "N", "fps": "N",
     "seed": "N", "num_videos_per_prompt": "N", "batch_size": "N", "lora_path": "DIR", "lora_scale": "F",
+    "init_video": "FILE", "strength": "F",
     "output_dir": "DIR", "device": "D", "dtype": "{fp32,fp16,bf16}",
 }  # fmt: skip
 
@@ -60,6 +61,8 @@ def test_every_flag_takes_underscore_and_hyphen(requests: list[Request], tmp_pat
     words = [word for name, value in wanted.items() for word in (f"--{name.replace('_', dash)}", str(value))]
     sample_command(["--prompt", "one", "--prompt", "two", *words])
     assert requests == [Request(prompts=("one", "two"), **wanted)]
+    sample_command(["--init-image", "a.png"])
+    assert (requests.pop().init_video, Request(PROMPTS).strength) == (Path("a.png"), 0.6)
     sample_command(["sampling.vae_tile=32", "--steps", "2", "sampling.guidance_at_once=false"])
     assert requests[1].overrides == ("sampling.vae_tile=32", "sampling.guidance_at_once=false")
 

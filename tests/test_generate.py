@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from vdm import generate as module
 from vdm.components import build_components
 from vdm.config import load
-from vdm.data.video import read_clip
+from vdm.data.transforms import Crop
+from vdm.data.video import read_clip, write_video
 from vdm.errors import Failure, UserError
 from vdm.generate import PROMPTS, Request, generate, read_prompts, slug
 from vdm.pipeline import TextToVideo
@@ -186,10 +188,10 @@ def test_what_is_cut_short_has_records_of_what_is_written(
     make(model, tmp_path, seed=7)
     sampled = module._sampled
 
-    def cut_short(pipe: TextToVideo, request: Request, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+    def cut_short(pipe: TextToVideo, request: Request, prompts: list[str], seeds: list[int], _: None) -> torch.Tensor:
         if 2 in seeds:
             raise KeyboardInterrupt
-        return sampled(pipe, request, prompts, seeds)
+        return sampled(pipe, request, prompts, seeds, None)
 
     monkeypatch.setattr(module, "_sampled", cut_short)
     with pytest.raises(KeyboardInterrupt):
@@ -268,6 +270,26 @@ def test_settings_without_a_flag_are_given_as_overrides(model: Path, tmp_path: P
     ):
         with pytest.raises(UserError, match=sentence):
             make(model, tmp_path / "wrong", overrides=(wrong,))
+
+
+def test_a_clip_may_be_started_from(model: Path, tmp_path: Path, shown: list[np.ndarray]) -> None:
+    """A video of any size, cut and brought to the one wanted, or a picture, which stands still."""
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 4, 6, 3), dtype=np.uint8)
+    pictures = np.stack([cv2.resize(picture, (60, 40)) for picture in pictures])
+    cv2.imwrite(str(tmp_path / "picture.png"), pictures[0])
+    write_video(tmp_path / "video.mp4", pictures, fps=5.0)
+    pipe = TextToVideo.from_pretrained(model)
+    for name in ("picture.png", "video.mp4"):
+        given = read_clip(tmp_path / name, fps=5.0, num_frames=4, start=0.0, crop=Crop(16, 16))
+        assert np.array_equal(given[3], given[0]) is (name == "picture.png")
+        make(model, tmp_path / name[0], prompts=("ball",), steps=5, strength=0.4, init_video=tmp_path / name)
+        generator = torch.Generator().manual_seed(0)
+        expected = pipe("ball", video=given, strength=0.4, num_inference_steps=5, generator=[generator]).frames[0]
+        assert np.abs(shown[-1] - 255.0 * expected).max() < 1.0, name
+    (record,) = records(tmp_path / "v")
+    assert (record["init_video"], record["strength"]) == (str(tmp_path / "video.mp4"), 0.4)
+    with pytest.raises(UserError, match="nowhere.mp4 cannot be read"):
+        make(model, tmp_path / "none", init_video=tmp_path / "nowhere.mp4")
 
 
 def test_a_gpu_that_is_too_small_is_told_what_helps(

@@ -15,11 +15,12 @@ from vdm import TextToVideo
 from vdm.checkpoint import read_manifest, save_checkpoint
 from vdm.components import SHIPPED, build_components, build_text_encoder, build_vae, load_part, save_parts, states
 from vdm.config import Config, load, to_yaml
-from vdm.diffusion import initial_noise
+from vdm.diffusion import ddim_sample, ddpm_sample, dpmpp_sample, initial_noise
 from vdm.errors import UserError
 from vdm.text.encoder import TOKEN_TABLE
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
+CLIP = np.ones((4, 16, 16, 3), dtype=np.float32)
 PROMPTS = ["pushing a red ball", "holding a blue cup"]
 
 
@@ -344,6 +345,47 @@ def test_one_generator_draws_the_noise_of_all_clips_at_once(pipe: TextToVideo) -
     assert torch.equal(found, pipe(PROMPTS, latents=noise, output_type="latent").frames)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+def test_a_clip_is_started_from_as_its_noised_latents(pipe: TextToVideo, sampler: str) -> None:
+    """By hand: encoded, noised to the step that comes after those left out, and denoised from there."""
+    clip = torch.rand(4, 3, 16, 16, generator=seeds(5)[0])
+    options: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 5, "guidance_scale": 1.0}
+    seen: list[tuple[int, int]] = []
+    found = pipe(
+        PROMPTS, video=clip, strength=0.65, generator=seeds(0, 1), output_type="latent", **options,
+        callback=lambda index, t, x: seen.append((index, t)),
+    ).frames  # fmt: skip
+    times = pipe.schedule.timesteps(5)
+    assert seen == list(enumerate(times.tolist()[2:])), "int(0.65 * 5) steps"
+    with torch.no_grad():
+        z = pipe.vae.encode(clip.transpose(0, 1)[None] * 2 - 1).mode()
+        noise = initial_noise((4, 4, 4, 4), seeds(0, 1))
+        x = pipe.schedule.add_noise(z.expand(2, -1, -1, -1, -1), noise, times[2].expand(2))
+        cond = pipe.text_encoder(PROMPTS)
+        shared: dict[str, Any] = {"num_steps": 5, "skip": 2}
+        if sampler != "dpmpp":
+            generators = seeds(0, 1)
+            initial_noise((4, 4, 4, 4), generators)  # what the steps draw comes after it
+            shared |= {"generators": generators}
+        denoise = {"ddim": ddim_sample, "ddpm": ddpm_sample, "dpmpp": dpmpp_sample}[sampler]
+        expected = denoise(lambda x, t: pipe.unet(x, t, cond), x, pipe.schedule, **shared)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_clips_to_start_from_are_arrays_tensors_and_bytes_alike(pipe: TextToVideo) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 12, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(video).movedim(-1, -3)
+    made = [
+        pipe(PROMPTS, video=one, generator=seeds(0, 1), output_type="latent").frames
+        for one in (video, video.astype(np.float64) / 255, tensor, tensor.float() / 255)
+    ]
+    assert made[0].shape == (2, 4, 3, 2, 3), "it says the size"
+    for other in made[1:]:
+        torch.testing.assert_close(other, made[0], rtol=1e-3, atol=1e-4)
+    alone = pipe(PROMPTS[1], video=video[1], generator=seeds(1), output_type="latent").frames
+    torch.testing.assert_close(alone[0], made[0][1], rtol=1e-3, atol=1e-4)
+
+
 # ---- what is refused
 
 
@@ -366,6 +408,19 @@ def test_one_generator_draws_the_noise_of_all_clips_at_once(pipe: TextToVideo) -
         ("ball", {"num_inference_steps": 0}, "num_inference_steps is 0"),
         ("ball", {"sampler": "euler"}, "ddim, ddpm, dpmpp"),
         ("ball", {"eta": 1.5}, "eta is 1.5"),
+        ("ball", {"eta": 0.5, "sampler": "dpmpp"}, "eta is not for the sampler dpmpp"),
+        ("ball", {"video": CLIP, "strength": 0.0}, "strength is 0.0, of 2 steps"),
+        ("ball", {"video": CLIP, "strength": 1.1}, "strength is 1.1, of 2 steps"),
+        (
+            "ball",
+            {"video": CLIP, "strength": 0.4},
+            "strength is 0.4, of 2 steps; it must be above 0, at most 1, and enough for a step",
+        ),
+        ("ball", {"video": CLIP + 0.1}, "video must be of uint8, or of floats in .0, 1."),
+        ("ball", {"video": CLIP[..., :2]}, r"or a tensor \(B, T, 3, H, W\), got \(4, 16, 16, 2\)"),
+        ("ball", {"video": [1]}, "video must be an array or a tensor, got a list"),
+        ("ball", {"video": CLIP, "height": 24}, r"video is 1 clips of \(4, 16, 16\), for 1 of \(4, 24, 16\)"),
+        ("ball", {"video": np.stack([CLIP] * 3)}, "video is 3 clips .* give one, or as many"),
     ],
 )
 def test_impossible_wishes_are_one_sentence(

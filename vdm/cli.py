@@ -140,9 +140,12 @@ def sample_command(arguments: Sequence[str]) -> None:
     parser = _sample_parser()
     options = vars(parser.parse_intermixed_args(arguments))
     options["overrides"] = tuple(options["overrides"])
-    scale = options.pop("lora_scale")
-    if scale is not None and options["lora_path"] is None:
-        raise UserError("--lora_scale is that of --lora_path; give both, or neither")
+    defaults = {"lora_scale": ("lora_path", 1.0), "strength": ("init_video", 0.6)}
+    for name, (of, default) in defaults.items():
+        if options[name] is None:
+            options[name] = default
+        elif options[of] is None:
+            raise UserError(f"--{name} is that of --{of}; give both, or neither")
 
     from vdm.generate import PROMPTS, SHEET_CLIPS, Request, generate, read_prompts
 
@@ -150,7 +153,7 @@ def sample_command(arguments: Sequence[str]) -> None:
     if texts is not None and file is not None:
         raise UserError("give --prompt or --prompt_file, not both")
     prompts = read_prompts(file) if file is not None else tuple(texts) if texts is not None else PROMPTS
-    files = generate(Request(prompts=prompts, lora_scale=1.0 if scale is None else scale, **options))
+    files = generate(Request(prompts=prompts, **options))
     sheet = "contact_sheet.png" + (f" (of the first {SHEET_CLIPS})" if len(files) > SHEET_CLIPS else "")
     print(f"wrote {len(files)} clips, samples.jsonl and {sheet} to {files[0].parent}")
 
@@ -176,6 +179,8 @@ def _sample_parser() -> Parser:
     parser.flag("--batch_size", type=int, default=4, metavar="N", help="clips at a time (default 4)")
     parser.flag("--lora_path", type=Path, metavar="DIR", help="a LoRA to merge: a folder or a .safetensors file")
     parser.flag("--lora_scale", type=float, metavar="F", help="how strongly (default 1)")
+    parser.flag("--init_video", "--init_image", type=Path, metavar="FILE", help="what to start from in place of noise")
+    parser.flag("--strength", type=float, metavar="F", help="share of the steps taken from there (default 0.6)")
     parser.flag(
         "--output_dir", type=Path, default=Path("results/samples"), metavar="DIR", help="default: results/samples"
     )

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from vdm.components import SHIPPED
 from vdm.config import override
 from vdm.data.sheet import contact_sheet
-from vdm.data.transforms import Frames
-from vdm.data.video import to_uint8, write_video
+from vdm.data.transforms import Crop, Frames
+from vdm.data.video import read_clip, to_uint8, write_video
 from vdm.errors import Failure, UserError
 from vdm.files import replacing
 from vdm.pipeline import TextToVideo
@@ -54,6 +54,8 @@ class Request:
     batch_size: int = 4
     lora_path: Path | None = None
     lora_scale: float = 1.0
+    init_video: Path | None = None  # a video, or a picture, which then stands still
+    strength: float = 0.6
     output_dir: Path = Path("results/samples")
     device: str | None = None
     dtype: str = "fp32"
@@ -100,6 +102,7 @@ def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list
     fps = defaults.sampling_fps if request.fps is None else request.fps
     if not 0 < fps <= 1000:
         raise UserError(f"--fps must be above 0 and at most 1000, got {fps}")
+    start = _start(pipe, request, fps)
     files: list[Path] = []
     shown: list[Frames] = []
     records = _Records(folder / "samples.jsonl")
@@ -108,7 +111,7 @@ def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list
         for first in tqdm(range(0, len(jobs), request.batch_size), desc="sampling", unit="batch"):
             prompts = jobs[first : first + request.batch_size]
             seeds = [request.seed + first + i for i in range(len(prompts))]
-            video = _sampled(pipe, request, prompts, seeds)
+            video = _sampled(pipe, request, prompts, seeds, start)
             records.update(wait=False)
             for prompt, seed, clip in zip(prompts, seeds, video, strict=True):
                 frames = to_uint8(clip.transpose(0, 1).float().cpu() * 2.0 - 1.0)
@@ -154,11 +157,29 @@ class _Records:
             self.update(wait=True)
 
 
-def _sampled(pipe: TextToVideo, request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+def _start(pipe: TextToVideo, request: Request, fps: float) -> Frames | None:
+    """The clip to start from, in the size that is wanted."""
+    if request.init_video is None:
+        return None
+    sizes = {
+        name: getattr(pipe.config.sampling, name) if (given := getattr(request, name)) is None else given
+        for name in ("num_frames", "height", "width")
+    }
+    if min(sizes.values()) < 1:
+        raise UserError(f"--num_frames, --height and --width must be 1 or more, got {sizes}")
+    crop = Crop(sizes["height"], sizes["width"])
+    return read_clip(request.init_video, fps=fps, num_frames=sizes["num_frames"], start=0.0, crop=crop)
+
+
+def _sampled(
+    pipe: TextToVideo, request: Request, prompts: Sequence[str], seeds: Sequence[int], start: Frames | None
+) -> torch.Tensor:
     """(B,T,3,H,W) in [0,1]."""
     try:
         video = pipe(
             prompts,
+            video=start,
+            strength=request.strength,
             negative_prompt=request.negative_prompt,
             num_inference_steps=request.steps,
             num_frames=request.num_frames,
@@ -191,6 +212,8 @@ def _record(pipe: TextToVideo, request: Request, shape: tuple[int, ...], fps: fl
     record = {key: default if given is None else given for key, (given, default) in chosen.items()}
     if request.lora_path is not None:
         record |= {"lora_path": str(request.lora_path), "lora_scale": request.lora_scale}
+    if request.init_video is not None:
+        record |= {"init_video": str(request.init_video), "strength": request.strength}
     if request.overrides:
         record |= {"overrides": list(request.overrides)}
     size = {"num_frames": shape[0], "height": shape[1], "width": shape[2], "fps": fps}

@@ -104,6 +104,8 @@ class TextToVideo:
         sampler: Literal["ddim", "ddpm", "dpmpp"] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        video: np.ndarray | Tensor | None = None,
+        strength: float = 0.6,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         output_type: Literal["np", "pt", "pil", "latent"] = "np",
@@ -113,8 +115,9 @@ class TextToVideo:
     ) -> VideoOutput:
         """Make one clip for each prompt; what is not given comes from the config's `sampling` section.
 
-        Names and meaning are those of diffusers' TextToVideoSDPipeline, of which cross_attention_kwargs (processors of
-        its attention) and clip_skip (our tower ends where it is read) have no counterpart.
+        Names and meaning are those of diffusers' TextToVideoSDPipeline and VideoToVideoSDPipeline, of which
+        cross_attention_kwargs (processors of its attention) and clip_skip (our tower ends where it is read) have no
+        counterpart.
 
         Args:
             negative_prompt: what to steer away from, one for all or one per prompt.
@@ -123,6 +126,9 @@ class TextToVideo:
             eta: of the ddim sampler, 0 to 1.
             generator: one for each clip, or one that draws all at once, in float32; torch's own without it.
             latents: the noise to start from instead, (B, C, T, h, w); it says the sizes that are not given.
+            video: a clip to start from, or one for each prompt, as `VideoOutput` has them in an array or a tensor, or
+                in uint8; it says the sizes that are not given (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+            strength: of all steps, the share that is taken from there, in (0, 1]: the larger, the less of it is left.
             prompt_embeds, negative_prompt_embeds: contexts (B, L, D) in place of prompts, as `text_encoder` makes them.
             output_type: see `VideoOutput`.
             return_dict: the result has a name for its frames and is the tuple (frames,), so either will do.
@@ -130,35 +136,28 @@ class TextToVideo:
 
         Raises `UserError` for an empty list of prompts, impossible sizes, or counts that do not match.
         """
+        clips = None if video is None else as_clips(video)
         options = self._options(
-            latents, num_inference_steps=num_inference_steps, num_frames=num_frames, height=height, width=width,
+            latents, clips, num_inference_steps=num_inference_steps, num_frames=num_frames, height=height, width=width,
             guidance_scale=guidance_scale, eta=eta, sampler=sampler,
         )  # fmt: skip
-        if eta and options.sampler != "ddim":
-            raise UserError(f"eta is not for the sampler {options.sampler}; leave it out, or sample with ddim")
-        if output_type not in ("np", "pt", "pil", "latent"):
-            raise UserError(f"output_type must be np, pt, pil or latent, got {output_type!r}")
-        if not isinstance(callback_steps, int) or callback_steps < 1:
-            raise UserError(f"callback_steps must be at least 1, got {callback_steps}")
+        _require_sound(options, eta=eta, output_type=output_type, callback_steps=callback_steps)
         shape = self._latent_shape(options)
         cond, uncond = self._context(prompt, prompt_embeds), None
         if options.guidance_scale > 1.0:
-            negative = negative_prompt
-            if negative is None and negative_prompt_embeds is None:
-                negative = options.negative_prompt
-            same = [negative] * len(cond) if isinstance(negative, str) else negative
-            uncond = self._context(same, negative_prompt_embeds)
-            if len(uncond) != len(cond):
-                raise UserError(f"got {len(cond)} prompts and {len(uncond)} negative ones; give as many, or one text")
-            if uncond.shape != cond.shape:
-                raise UserError(f"prompts {tuple(cond.shape)} and negative ones {tuple(uncond.shape)} differ in length")
-        z = self._start(generator, latents, (len(cond), *shape))
+            default = options.negative_prompt if negative_prompt_embeds is None else None
+            uncond = self._negative(
+                default if negative_prompt is None else negative_prompt, negative_prompt_embeds, cond
+            )
+        z, skip = self._start(generator, latents, (len(cond), *shape)), 0
+        if clips is not None:
+            z, skip = self._noised(clips, z, options.num_inference_steps, strength)
         report = None if callback is None else _every(callback_steps, callback)
-        z = self._denoise(cond, uncond, z, options, _one_each(generator, len(cond)), report)
+        z = self._denoise(cond, uncond, z, options, _one_each(generator, len(cond)), report, skip)
         return VideoOutput(self._frames(z, output_type))
 
-    def _options(self, latents: Tensor | None, **given: Any) -> SamplingConfig:
-        """The config's `sampling` section with what is given; sizes that are not are those of the latents."""
+    def _options(self, latents: Tensor | None, clips: Tensor | None, **given: Any) -> SamplingConfig:
+        """The config's `sampling` section with what is given; sizes that are not are those of the latents or clips."""
         known = {key: value for key, value in given.items() if value is not None}
         for key in ("num_inference_steps", "num_frames", "height", "width"):
             if not isinstance(known.get(key, 1), int):
@@ -170,6 +169,8 @@ class TextToVideo:
                 raise UserError(f"latents must be (B, {channels}, T, h, w), got {tuple(latents.shape)}")
             frames, height, width = latents.shape[2:]
             known = {"num_frames": frames, "height": height * factor, "width": width * factor, **known}
+        if clips is not None:
+            known = {**dict(zip(("num_frames", "height", "width"), clips.shape[2:], strict=True)), **known}
         return replace(self.config.sampling, **known)
 
     def _context(self, prompt: str | Sequence[str] | None, embeds: Tensor | None) -> Tensor:
@@ -189,6 +190,15 @@ class TextToVideo:
             raise UserError(f"prompt_embeds must be {wanted}, got {tuple(embeds.shape)}")
         return embeds.to(self.device)
 
+    def _negative(self, prompt: str | Sequence[str] | None, embeds: Tensor | None, cond: Tensor) -> Tensor:
+        """The context of what to steer away from, for each row of `cond`."""
+        uncond = self._context([prompt] * len(cond) if isinstance(prompt, str) else prompt, embeds)
+        if len(uncond) != len(cond):
+            raise UserError(f"got {len(cond)} prompts and {len(uncond)} negative ones; give as many, or one text")
+        if uncond.shape != cond.shape:
+            raise UserError(f"prompts {tuple(cond.shape)} and negative ones {tuple(uncond.shape)} differ in length")
+        return uncond
+
     def _start(
         self,
         generator: torch.Generator | Sequence[torch.Generator] | None,
@@ -205,6 +215,21 @@ class TextToVideo:
         else:
             noise = initial_noise(shape[1:], _one_each(generator, shape[0]), self.device)
         return related_frames(noise, _one_each(generator, shape[0]), self._correlation)
+
+    def _noised(self, clips: Tensor, noise: Tensor, num_steps: int, strength: float) -> tuple[Tensor, int]:
+        """Clips (B or 1, 3, T, H, W), encoded, as they are at the first step that is taken from there, with this noise
+        (B, C, T, h, w); and how many steps come before it."""
+        times = self.schedule.timesteps(num_steps).to(self.device)
+        if not 0.0 < strength <= 1.0 or not int(len(times) * strength):
+            count = f"{len(times)} step" + "s" * (len(times) > 1)
+            raise UserError(f"strength is {strength}, of {count}; it must be above 0, at most 1, and enough for a step")
+        skip = len(times) - int(len(times) * strength)
+        z = side_by_side(lambda video: self.vae.encode(video).mode())(clips.to(self.device))
+        if len(z) not in (1, len(noise)) or z.shape[1:] != noise.shape[1:]:
+            wanted = (noise.shape[2], *(self.vae.config.factor * side for side in noise.shape[3:]))
+            have = f"{len(clips)} clips of {tuple(clips.shape[2:])}, for {len(noise)} of {wanted}"
+            raise UserError(f"video is {have} (frames, height, width); give one, or as many, of that size")
+        return self.schedule.add_noise(z.expand_as(noise), noise, times[skip].expand(len(noise))), skip
 
     @property
     def _correlation(self) -> float:
@@ -243,19 +268,46 @@ class TextToVideo:
         options: SamplingConfig,
         generators: list[torch.Generator],
         callback: Callable[[int, int, Tensor], None] | None,
+        skip: int,
     ) -> Tensor:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
         replays = options.cuda_graph and self.device.type == "cuda" and dist.size() == 1
         unet = Replayed(self.unet, self.device) if replays else side_by_side(self.unet)
         denoise = guided(unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
         steps = options.num_inference_steps
-        shared: dict[str, Any] = {"num_steps": steps, "callback": callback}
+        shared: dict[str, Any] = {"num_steps": steps, "callback": callback, "skip": skip}
         if options.sampler == "dpmpp":
             return dpmpp_sample(denoise, latents, self.schedule, **shared)
         shared |= {"generators": generators, "correlation": self._correlation}
         if options.sampler == "ddpm":
             return ddpm_sample(denoise, latents, self.schedule, **shared)
         return ddim_sample(denoise, latents, self.schedule, eta=options.eta, **shared)
+
+
+def _require_sound(options: SamplingConfig, *, eta: float | None, output_type: object, callback_steps: object) -> None:
+    if eta and options.sampler != "ddim":
+        raise UserError(f"eta is not for the sampler {options.sampler}; leave it out, or sample with ddim")
+    if output_type not in ("np", "pt", "pil", "latent"):
+        raise UserError(f"output_type must be np, pt, pil or latent, got {output_type!r}")
+    if not isinstance(callback_steps, int) or callback_steps < 1:
+        raise UserError(f"callback_steps must be at least 1, got {callback_steps}")
+
+
+def as_clips(video: object) -> Tensor:
+    """Clips as `VideoOutput` has them in an array or a tensor, or in uint8; one, or several -> (B,3,T,H,W) in [-1,1].
+
+    Raises UserError for anything else.
+    """
+    if not isinstance(video, np.ndarray | Tensor):
+        raise UserError(f"video must be an array or a tensor, got a {type(video).__name__}")
+    clips = torch.from_numpy(np.ascontiguousarray(video)).movedim(-1, -3) if isinstance(video, np.ndarray) else video
+    clips = clips[None] if clips.dim() == 4 else clips
+    if clips.dim() != 5 or clips.shape[2] != 3 or 0 in clips.shape:
+        raise UserError(f"video must be an array (B, T, H, W, 3) or a tensor (B, T, 3, H, W), got {tuple(video.shape)}")
+    values = clips / 255.0 if clips.dtype == torch.uint8 else clips.float()
+    if not ((values >= 0.0) & (values <= 1.0)).all():
+        raise UserError("video must be of uint8, or of floats in [0, 1]")
+    return values.transpose(1, 2) * 2.0 - 1.0
 
 
 def _every(count: int, callback: Callable[[int, int, Tensor], None]) -> Callable[[int, int, Tensor], None]:

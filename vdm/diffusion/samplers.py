@@ -119,17 +119,18 @@ def ddpm_sample(
     generators: Sequence[torch.Generator] | None,
     callback: Callback | None = None,
     correlation: float = 0.0,
+    skip: int = 0,
 ) -> Tensor:
     """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by ancestral sampling (Ho et al. 2020, eq. 6-7).
 
     The posterior q(x_s | x_t, x0) with its own ("fixed small") variance, over any subset of the steps, one generator a
-    clip; `correlation` is as in `ddim_sample`. It always ends on a clean clip, as diffusers' DDPMScheduler does:
-    set_alpha_to_one is of DDIM alone.
+    clip; `correlation` and `skip` are as in `ddim_sample`. It always ends on a clean clip, as diffusers' DDPMScheduler
+    does: set_alpha_to_one is of DDIM alone.
     Raises UserError for too many steps, or generators that are missing or do not match x.
     """
     generators = _one_each(generators, x)
     x = _lifted(x)
-    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)):
+    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)[skip:]):
         x0, _ = _predict(denoise, x, schedule, t, now)
         alpha = _of_this_step(now, then)  # 0 when x is pure noise, and then x0 is all that counts
         x = math.sqrt(then) * (1.0 - alpha) / (1.0 - now) * x0 + math.sqrt(alpha) * (1.0 - then) / (1.0 - now) * x
@@ -141,17 +142,23 @@ def ddpm_sample(
 
 @torch.no_grad()
 def dpmpp_sample(
-    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, *, num_steps: int, callback: Callback | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int,
+    callback: Callback | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Denoise x (B, ...), standard normal, to x0 (B, ...) float32 by DPM-Solver++(2M), which is deterministic.
 
     Lu et al. 2022, arXiv 2211.01095, algorithm 2: x0 along a step is extrapolated from this step's and the last one's,
     on the axis of half the log-SNR. The first step is of first order, and so is the last one, which ends on a clean
-    clip, infinitely far on that axis. Raises UserError for too many steps.
+    clip, infinitely far on that axis. `skip` is as in `ddim_sample`. Raises UserError for too many steps.
     """
     x = _lifted(x)
     before: tuple[Tensor, float] | None = None  # x0 of the last step, and how long that was
-    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)):
+    for index, (t, now, then) in enumerate(schedule.transitions(num_steps, end=1.0)[skip:]):
         x0, _ = _predict(denoise, x, schedule, t, now)
         step = 0.0 if now == then else _half_log_snr(then) - _half_log_snr(now)
         estimate = x0
