@@ -132,6 +132,22 @@ def test_the_table_of_the_demo_model_is_the_saved_one() -> None:
     assert f"| {counts} |\n" in (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
 
 
+def test_where_the_demo_model_falls_short_is_what_was_saved() -> None:
+    scores, lost = saved("demo-cpu.json")["scores"], saved("demo-reconstructed-cpu.json")["scores"]
+    assert isinstance(scores, dict) and isinstance(lost, dict)
+    shown = {name: row["right"] for name, row in scores["actions"].items()}
+    worst, unseen = (
+        min(shown, key=lambda name: shown[name]),
+        sum(row.get("none", 0) for row in scores["confusion"].values()),
+    )
+    others = [count for name, count in shown.items() if name != worst]
+    assert worst == "turn_upside_down"
+    wrong = scores["action"]["clips"] - scores["action"]["right"]
+    assert f"({shown[worst]} of 30), of all others it shows {min(others)} to {max(others)} of 30" in README
+    assert f"{unseen} of its {wrong} errors are clips in which no action" in README
+    assert f"real clips keep {lost['shape']['right']} of {lost['shape']['clips']} shapes" in README
+
+
 def test_the_ceiling_of_real_clips_is_the_saved_one() -> None:
     scores = saved("demo-real-cpu.json")["scores"]
     assert isinstance(scores, dict)
