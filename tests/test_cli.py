@@ -62,7 +62,8 @@ def test_every_flag_takes_underscore_and_hyphen(requests: list[Request], tmp_pat
     sample_command(["--prompt", "one", "--prompt", "two", *words])
     assert requests == [Request(prompts=("one", "two"), **wanted)]
     sample_command(["--init-image", "a.png"])
-    assert (requests.pop().init_video, Request(PROMPTS).strength) == (Path("a.png"), 0.6)
+    made = requests.pop()
+    assert (made.init_video, made.strength) == (Path("a.png"), Request(PROMPTS).strength)
     sample_command(["sampling.vae_tile=32", "--steps", "2", "sampling.guidance_at_once=false"])
     assert requests[1].overrides == ("sampling.vae_tile=32", "sampling.guidance_at_once=false")
 

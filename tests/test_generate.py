@@ -295,20 +295,30 @@ def test_a_clip_may_be_started_from(model: Path, tmp_path: Path, shown: list[np.
 def test_a_gpu_that_is_too_small_is_told_what_helps(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: TextToVideo, *_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    for method, error in (
+        ("__call__", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")),
+        ("to", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")),
+    ):
 
-    monkeypatch.setattr(TextToVideo, "__call__", full)
-    with pytest.raises(Failure, match="memory of cpu is too small for this; .*sampling.vae_tile=32"):
-        make(model, tmp_path)
+        def full(self: TextToVideo, *_: object, error: RuntimeError = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TextToVideo, method, full)
+            with pytest.raises(Failure, match="memory of cpu is too small for this; .*sampling.vae_tile=32"):
+                make(model, tmp_path)
 
 
 def test_eta_is_for_ddim_also_where_the_model_says_the_sampler(model: Path, tmp_path: Path) -> None:
     config = load(TINY, ["sampling.sampler=dpmpp"])
     TextToVideo(config, build_components(config)).save_pretrained(tmp_path / "model")
-    for wishes in ({"checkpoint": tmp_path / "model"}, {"checkpoint": model, "sampler": "ddpm"}):
+    for wishes in (
+        {"checkpoint": tmp_path / "model", "eta": 0.5},
+        {"checkpoint": model, "sampler": "ddpm", "eta": 0.5},
+        {"checkpoint": model, "sampler": "ddpm", "overrides": ("sampling.eta=0.5",)},
+    ):
         with pytest.raises(UserError, match="eta is not for the sampler dd?p"):
-            generate(Request(CLIPS, output_dir=tmp_path / "out", eta=0.5, **wishes))  # type: ignore[arg-type]
+            generate(Request(CLIPS, output_dir=tmp_path / "out", **wishes))  # type: ignore[arg-type]
 
 
 def test_the_list_of_prompts_must_not_be_empty(tmp_path: Path) -> None:

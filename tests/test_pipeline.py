@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vdm import TextToVideo
@@ -375,9 +376,10 @@ def test_a_clip_is_started_from_as_its_noised_latents(pipe: TextToVideo, sampler
 def test_clips_to_start_from_are_arrays_tensors_and_bytes_alike(pipe: TextToVideo) -> None:
     video = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 12, 3), dtype=np.uint8)
     tensor = torch.from_numpy(video).movedim(-1, -3)
+    pictures = [[Image.fromarray(frame) for frame in clip] for clip in video]
     made = [
         pipe(PROMPTS, video=one, generator=seeds(0, 1), output_type="latent").frames
-        for one in (video, video.astype(np.float64) / 255, tensor, tensor.float() / 255)
+        for one in (video, video.astype(np.float64) / 255, tensor, tensor.float() / 255, pictures, list(video))
     ]
     assert made[0].shape == (2, 4, 3, 2, 3), "it says the size"
     for other in made[1:]:
@@ -417,8 +419,10 @@ def test_clips_to_start_from_are_arrays_tensors_and_bytes_alike(pipe: TextToVide
             "strength is 0.4, of 2 steps; it must be above 0, at most 1, and enough for a step",
         ),
         ("ball", {"video": CLIP + 0.1}, "video must be of uint8, or of floats in .0, 1."),
-        ("ball", {"video": CLIP[..., :2]}, r"or a tensor \(B, T, 3, H, W\), got \(4, 16, 16, 2\)"),
-        ("ball", {"video": [1]}, "video must be an array or a tensor, got a list"),
+        ("ball", {"video": CLIP[..., :2]}, r"or a tensor \(B, T, 3, H, W\), got \(1, 4, 2, 16, 16\)"),
+        ("ball", {"video": CLIP[0, ..., 0]}, "video must be an array, a tensor or a list of frames"),
+        ("ball", {"video": [CLIP[0], CLIP[1, :8]]}, "video must be an array, a tensor or a list of frames"),
+        ("ball", {"video": "clip.mp4"}, "video must be an array, a tensor or a list of frames"),
         ("ball", {"video": CLIP, "height": 24}, r"video is 1 clips of \(4, 16, 16\), for 1 of \(4, 24, 16\)"),
         ("ball", {"video": np.stack([CLIP] * 3)}, "video is 3 clips .* give one, or as many"),
     ],

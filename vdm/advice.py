@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def _differences(config: Config, changed: Config) -> Iterator[str]:
 def _is_there(root: str) -> bool:
     """Whether a data root can be read, as far as can be told from here; of a pattern of shards, the first."""
     first = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", root)
-    return "://" in root or Path(first).expanduser().exists()
+    return "://" in root or Path(expanduser(first)).exists()
 
 
 def warnings_of(config: Config, disk: Disk) -> Iterator[str]:

@@ -140,10 +140,9 @@ def sample_command(arguments: Sequence[str]) -> None:
     parser = _sample_parser()
     options = vars(parser.parse_intermixed_args(arguments))
     options["overrides"] = tuple(options["overrides"])
-    defaults = {"lora_scale": ("lora_path", 1.0), "strength": ("init_video", 0.6)}
-    for name, (of, default) in defaults.items():
+    for name, of in {"lora_scale": "lora_path", "strength": "init_video"}.items():
         if options[name] is None:
-            options[name] = default
+            del options[name]
         elif options[of] is None:
             raise UserError(f"--{name} is that of --{of}; give both, or neither")
 

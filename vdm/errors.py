@@ -18,6 +18,13 @@ class CannotWrite(UserError):
     """The disk refused: it is full, or read-only, or gone."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the machine has no more memory; PyTorch's for a CPU are of no class of their
+    own."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The member of `names` that looks most like `name`, or "" when none is close."""
     matches = difflib.get_close_matches(name, list(names), n=1)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from vdm.config import override
 from vdm.data.sheet import contact_sheet
 from vdm.data.transforms import Crop, Frames
 from vdm.data.video import read_clip, to_uint8, write_video
-from vdm.errors import Failure, UserError
+from vdm.errors import Failure, UserError, out_of_memory
 from vdm.files import replacing
 from vdm.pipeline import TextToVideo
 
@@ -85,16 +85,30 @@ def generate(request: Request) -> list[Path]:
     if not 0 <= request.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
     if others := [one for one in request.overrides if not one.strip().startswith("sampling.")]:
-        raise UserError(f"{others[0]!r} is no setting of sampling; write what is one as sampling.key=value")
+        raise UserError(
+            f"{others[0]!r} is no setting of sampling; write what is one as sampling.key=value, and a prompt, in "
+            "quotes, after --prompt"
+        )
     _require_writable(request.output_dir)
     pipe = TextToVideo.from_pretrained(request.checkpoint)
     pipe.config = override(pipe.config, request.overrides)
+    if request.eta is None and any(one.strip().startswith("sampling.eta") for one in request.overrides):
+        request = replace(request, eta=pipe.config.sampling.eta)  # which is refused like the flag where it does nothing
     if request.lora_path is not None:
         count = pipe.load_lora(request.lora_path, scale=request.lora_scale)
         print(f"merged a LoRA of {count} layers from {request.lora_path}")
-    pipe.to(pick_device(request.device), DTYPES[request.dtype])
     jobs = [prompt for prompt in request.prompts for _ in range(request.num_videos_per_prompt)]
-    return _write_all(pipe, request, jobs)
+    device = pick_device(request.device)
+    try:
+        pipe.to(device, DTYPES[request.dtype])
+        return _write_all(pipe, request, jobs)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise Failure(
+            f"the memory of {device} is too small for this; sample with --batch_size 1, --dtype bf16, "
+            "sampling.guidance_at_once=false or sampling.vae_tile=32, or make smaller or shorter clips"
+        ) from error
 
 
 def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list[Path]:
@@ -175,27 +189,21 @@ def _sampled(
     pipe: TextToVideo, request: Request, prompts: Sequence[str], seeds: Sequence[int], start: Frames | None
 ) -> torch.Tensor:
     """(B,T,3,H,W) in [0,1]."""
-    try:
-        video = pipe(
-            prompts,
-            video=start,
-            strength=request.strength,
-            negative_prompt=request.negative_prompt,
-            num_inference_steps=request.steps,
-            num_frames=request.num_frames,
-            height=request.height,
-            width=request.width,
-            guidance_scale=request.guidance_scale,
-            eta=request.eta,
-            sampler=request.sampler,  # type: ignore[arg-type]
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-        ).frames
-    except torch.OutOfMemoryError as error:
-        raise Failure(
-            f"the memory of {pipe.device} is too small for this; sample with --batch_size 1, --dtype bf16, "
-            "sampling.guidance_at_once=false or sampling.vae_tile=32, or make smaller or shorter clips"
-        ) from error
+    video = pipe(
+        prompts,
+        video=start,
+        strength=request.strength,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.steps,
+        num_frames=request.num_frames,
+        height=request.height,
+        width=request.width,
+        guidance_scale=request.guidance_scale,
+        eta=request.eta,
+        sampler=request.sampler,  # type: ignore[arg-type]
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).frames
     return torch.as_tensor(video)
 
 

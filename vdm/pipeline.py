@@ -104,7 +104,7 @@ class TextToVideo:
         sampler: Literal["ddim", "ddpm", "dpmpp"] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        video: np.ndarray | Tensor | None = None,
+        video: np.ndarray | Tensor | Sequence[Any] | None = None,
         strength: float = 0.6,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -117,7 +117,7 @@ class TextToVideo:
 
         Names and meaning are those of diffusers' TextToVideoSDPipeline and VideoToVideoSDPipeline, of which
         cross_attention_kwargs (processors of its attention) and clip_skip (our tower ends where it is read) have no
-        counterpart.
+        counterpart; of a clip to start from the mean latents are taken, and not a draw.
 
         Args:
             negative_prompt: what to steer away from, one for all or one per prompt.
@@ -126,8 +126,8 @@ class TextToVideo:
             eta: of the ddim sampler, 0 to 1.
             generator: one for each clip, or one that draws all at once, in float32; torch's own without it.
             latents: the noise to start from instead, (B, C, T, h, w); it says the sizes that are not given.
-            video: a clip to start from, or one for each prompt, as `VideoOutput` has them in an array or a tensor, or
-                in uint8; it says the sizes that are not given (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+            video: a clip to start from, or one for each prompt, as `VideoOutput` has them (not as latents), or in
+                uint8; it says the sizes that are not given (SDEdit, Meng et al. 2022, arXiv 2108.01073).
             strength: of all steps, the share that is taken from there, in (0, 1]: the larger, the less of it is left.
             prompt_embeds, negative_prompt_embeds: contexts (B, L, D) in place of prompts, as `text_encoder` makes them.
             output_type: see `VideoOutput`.
@@ -294,20 +294,28 @@ def _require_sound(options: SamplingConfig, *, eta: float | None, output_type: o
 
 
 def as_clips(video: object) -> Tensor:
-    """Clips as `VideoOutput` has them in an array or a tensor, or in uint8; one, or several -> (B,3,T,H,W) in [-1,1].
+    """Clips as `VideoOutput` has them, but for latents, or in uint8; one, or several -> (B,3,T,H,W) in [-1,1].
 
     Raises UserError for anything else.
     """
-    if not isinstance(video, np.ndarray | Tensor):
-        raise UserError(f"video must be an array or a tensor, got a {type(video).__name__}")
-    clips = torch.from_numpy(np.ascontiguousarray(video)).movedim(-1, -3) if isinstance(video, np.ndarray) else video
+    try:
+        clips = video if isinstance(video, Tensor) else torch.from_numpy(_as_array(video)).movedim(-1, -3)
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(f"video must be an array, a tensor or a list of frames ({error})") from error
     clips = clips[None] if clips.dim() == 4 else clips
     if clips.dim() != 5 or clips.shape[2] != 3 or 0 in clips.shape:
-        raise UserError(f"video must be an array (B, T, H, W, 3) or a tensor (B, T, 3, H, W), got {tuple(video.shape)}")
+        raise UserError(f"video must be an array (B, T, H, W, 3) or a tensor (B, T, 3, H, W), got {tuple(clips.shape)}")
     values = clips / 255.0 if clips.dtype == torch.uint8 else clips.float()
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise UserError("video must be of uint8, or of floats in [0, 1]")
     return values.transpose(1, 2) * 2.0 - 1.0
+
+
+def _as_array(video: object) -> np.ndarray:
+    """Of pictures, and lists of them; in memory as NumPy puts it down."""
+    if isinstance(video, list | tuple):
+        return np.stack([_as_array(one) for one in video])
+    return np.ascontiguousarray(video)
 
 
 def _every(count: int, callback: Callable[[int, int, Tensor], None]) -> Callable[[int, int, Tensor], None]:

@@ -13,7 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdm.data.colour import ACCURATE, LIGHT, to_rgb
+from vdm.data.colour import ACCURATE, LIGHT, to_rgb, to_yuv
 from vdm.data.transforms import Crop, resize_crop
 
 PLAIN = ("166766.webm", "pancake_flip.mkv", "arm_wrestling.mp4", "eye_makeup.avi", "pouring_coffee.mp4")
@@ -77,3 +77,12 @@ def test_other_formats_go_through_libav() -> None:
         frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=kind)
         want = resize_crop(careful(frame)[None], Crop(24, 24))[0]
         assert np.abs(to_rgb(frame, Crop(24, 24), size=(64, 48)).astype(float) - want).max() <= 10
+
+
+@pytest.mark.parametrize("tag", [0, 3])
+def test_tags_without_a_meaning_do_not_matter(tag: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    plain, odd = to_yuv(pixels), to_yuv(pixels)
+    odd.color_primaries = odd.color_trc = tag
+    ours, theirs = (to_rgb(frame, None, size=(8, 8)) for frame in (odd, plain))
+    assert np.array_equal(ours, theirs)

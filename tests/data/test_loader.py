@@ -508,6 +508,13 @@ def test_part_of_the_videos_is_enough_to_validate_with(tmp_path):
     assert clips.source.clips == held_out[1:] and clips.missing == []
     with pytest.raises(UserError, match="no file"):
         dataset(files_config(tmp_path, validation_clips=3), split="validation")
+    file = tmp_path / "validation.json"
+    entries = json.loads(file.read_text())
+    file.write_text(
+        json.dumps([{**entry, "label": "", "template": ""} if i == 1 else entry for i, entry in enumerate(entries)])
+    )
+    with pytest.raises(UserError, match="1 of 2 clips"):
+        dataset(files_config(tmp_path, validation_clips=1), split="validation")  # nobody has left out a caption
 
 
 # --- short clips ---

@@ -20,7 +20,7 @@ from vdm import checkpoint
 from vdm.checkpoint import latest, list_checkpoints, load_weights
 from vdm.config import load
 from vdm.data.mini_something import write_ssv2
-from vdm.errors import Failure, UserError
+from vdm.errors import CannotWrite, Failure, UserError
 from vdm.training.kinds import build_task
 from vdm.training.loop import Loop, train
 from vdm.training.signals import SIGNALS, StopRequest
@@ -170,6 +170,20 @@ def test_a_full_disk_costs_checkpoints_and_only_after_three_of_them_the_run(
     assert [path.name for path in tmp_path.iterdir() if ".tmp" in path.name] == []
     train(load(TINY, common), resume="latest")
     assert (tmp_path / "final").is_dir()
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the finished model is written from the last checkpoint once there is room."""
+    common = [f"run_dir={tmp_path}", "training.max_train_steps=2", "training.checkpointing_steps=2"]
+
+    def full(*_: object, **__: object) -> None:
+        raise CannotWrite("final cannot be written: no space left on device; free space there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vdm.training.task.save_parts", full)
+        with pytest.raises(Failure, match="no space left .*--resume latest writes it from the last checkpoint"):
+            train(load(TINY, common))
+    assert train(load(TINY, common), resume="latest") == tmp_path / "final"
 
 
 def test_a_disk_that_has_room_again_is_used_again(

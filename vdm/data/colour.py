@@ -18,11 +18,12 @@ from vdm.data.transforms import Crop, Frames, resize, resize_crop
 
 # Red's and blue's share of light (ITU-T H.273, table 4), by code point; what says nothing is taken for BT.601.
 LIGHT = {1: (0.2126, 0.0722), 2: (0.299, 0.114), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
-# libswscale's flags by number, for before PyAV 18, which has no Python 3.10, most of them have no names there.
+# libswscale's flags by number: PyAV 17, the last for Python 3.10, names only the ways to interpolate.
 BILINEAR, BICUBIC, ACCURATE_RND, FULL_CHR_H_INT = 0x2, 0x4, 0x40000, 0x2000
 ACCURATE = BICUBIC | ACCURATE_RND | FULL_CHR_H_INT
 # For reading: of colour between its samples a tenth of a level from the above on average, in half the time. libav's
 # default is another ten times as fast, and off by up to 60 levels at the edges of colours, which captions name.
+RESERVED, UNSPECIFIED = (0, 3), 2
 READING = BILINEAR | ACCURATE_RND | FULL_CHR_H_INT
 
 
@@ -32,6 +33,7 @@ def to_rgb(frame: VideoFrame, crop: Crop | None, *, size: tuple[int, int], out: 
     turns = round(frame.rotation / 90) % 4  # both count counterclockwise
     if crop is not None and not turns and frame.format.name in ("yuv420p", "yuvj420p") and frame.colorspace in LIGHT:
         return _cropped(frame, crop, out)
+    without_reserved(frame)
     rgb = frame.to_ndarray(width=size[0], height=size[1], format="rgb24", interpolation=READING, threads=1)
     picture = np.rot90(np.asarray(rgb, dtype=np.uint8), k=turns)
     picture = picture if crop is None else resize_crop(picture[None], crop)[0]
@@ -39,6 +41,12 @@ def to_rgb(frame: VideoFrame, crop: Crop | None, *, size: tuple[int, int], out: 
         return picture
     out[...] = picture
     return out
+
+
+def without_reserved(frame: VideoFrame) -> None:
+    """Take out tags without a meaning (ITU-T H.273: 0 and 3), which files do have, and PyAV 17 refuses to convert."""
+    if frame.color_primaries in RESERVED or frame.color_trc in RESERVED:
+        frame.color_primaries = frame.color_trc = UNSPECIFIED
 
 
 def _cropped(frame: VideoFrame, crop: Crop, out: Frames | None) -> Frames:

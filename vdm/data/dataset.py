@@ -97,7 +97,8 @@ class ClipDataset(Dataset[Sample]):
         config, train = self.config, self.split == "train"
         usable = [clip for clip in clips if not clip.problem]
         if not train and not config.templates:
-            return usable if len(usable) >= config.validation_clips else clips
+            enough = len(usable) >= config.validation_clips
+            return [clip for clip in clips if clip.problem != "no file"] if enough else clips
         if not config.templates and (config.num_clips, config.max_clips_per_template) == (None, None):
             return clips
         chosen = choose(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ def find_listed(root: str | Path, split: Split, *, kind: Kind) -> list[ClipFile]
     `placeholders` too. Validation is the tenth of the files with the smallest hash, at least one. Raises UserError for
     a list that cannot be read, and for an empty split.
     """
-    path = Path(root).expanduser()
+    path = Path(expanduser(root))
     path = path / f"metadata.{kind}" if path.is_dir() else path
     entries = list(_entries(path, kind))
     names = [str(entry["file"]) for entry in entries]

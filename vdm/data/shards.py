@@ -11,6 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import product
+from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 
 import fsspec
@@ -45,8 +46,8 @@ def find_shards(root: str, split: Split) -> list[ClipFile]:
 
 def expand(root: str) -> list[str]:
     """The shards that a root stands for, in order. Raises UserError where a folder has none."""
-    if "://" not in root and Path(root).expanduser().is_dir():
-        found = sorted(str(path) for path in Path(root).expanduser().glob("*.tar"))
+    if "://" not in root and Path(expanduser(root)).is_dir():
+        found = sorted(str(path) for path in Path(expanduser(root)).glob("*.tar"))
         if not found:
             raise UserError(f"data folder {root} holds no .tar; data.format=webdataset wants tar shards")
         return found

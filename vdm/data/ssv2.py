@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 from typing import Literal
 
@@ -86,7 +87,7 @@ def validation_ids(ids: Iterable[str]) -> frozenset[str]:
 
 def existing_folder(root: str | Path) -> Path:
     """`root` as a Path; UserError when it is not a folder."""
-    folder = Path(root).expanduser()
+    folder = Path(expanduser(root))
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"data folder {root} {problem}; set data.root to the folder that holds the clips")

@@ -27,7 +27,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from vdm.data.clips import duration, frame_indices
-from vdm.data.colour import to_rgb, to_yuv
+from vdm.data.colour import to_rgb, to_yuv, without_reserved
 from vdm.data.packed import File, Packed
 from vdm.data.transforms import Crop, Frames
 from vdm.errors import UserError
@@ -236,6 +236,7 @@ def scan(path: File) -> Scan:
                     assert isinstance(frame, VideoFrame)
                     if not stamps:
                         size, rotation = (frame.width, frame.height), round(frame.rotation / 90) % 4
+                    without_reserved(frame)
                     grey = frame.to_ndarray(format="gray", threads=1)
                     if last is not None and grey.shape == last.shape:  # a stream may change its size on the way
                         same += float(cv2.absdiff(grey, last).mean()) < SAME

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from vdm import dist
-from vdm.errors import CannotWrite, Failure
+from vdm.errors import CannotWrite, Failure, out_of_memory
 from vdm.files import in_words
 from vdm.training.diagnostics import summary
 from vdm.training.signals import StopRequest
@@ -85,7 +85,7 @@ class Rehearsal:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise Failure(
                 f"{name} ran out of memory in the rehearsal of the run; train.py CONFIG --plan --gpu NAME says what it "
@@ -116,8 +116,3 @@ class Rehearsal:
         if self.trainer.task.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -336,5 +336,10 @@ class Trainer:
         final = self.run_dir / "final"
         weights = finished_weights(self)
         if dist.is_main():
-            self.task.write_final(final, self.config, weights, {"step": self.step, "task": self.settings.task})
+            try:
+                self.task.write_final(final, self.config, weights, {"step": self.step, "task": self.settings.task})
+            except CannotWrite as error:
+                raise Failure(
+                    f"{error}; the same command with --resume latest writes it from the last checkpoint"
+                ) from error
         return final
