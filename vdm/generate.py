@@ -128,7 +128,7 @@ def _write_all(pipe: TextToVideo, request: Request, jobs: Sequence[str]) -> list
             video = _sampled(pipe, request, prompts, seeds, start)
             records.update(wait=False)
             for prompt, seed, clip in zip(prompts, seeds, video, strict=True):
-                frames = to_uint8(clip.transpose(0, 1).float().cpu() * 2.0 - 1.0)
+                frames = to_uint8(clip.transpose(0, 1).float() * 2.0 - 1.0)
                 files.append(folder / f"{len(files):05d}-{slug(prompt)}.mp4")
                 made = {"file": files[-1].name, "prompt": prompt, "seed": seed}
                 job = writer.submit(write_video, files[-1], frames, fps=fps)

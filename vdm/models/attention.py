@@ -30,7 +30,7 @@ class SpatialSelfAttention(nn.Module):
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
         qkv = self.to_qkv(x_BTPC).flatten(0, 1).unflatten(2, (3, self.heads, -1))  # (B*T, P, 3, N, D)
-        out = attend(*qkv.permute(2, 0, 3, 1, 4))  # (B*T, N, P, D)
+        out = attend(*(one.transpose(1, 2) for one in qkv.unbind(2)))  # (B*T, N, P, D)
         return self.to_out(out.transpose(1, 2).flatten(2).view(*x_BTPC.shape[:3], -1))
 
 
@@ -63,8 +63,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTPC: Tensor, context_BLC: Tensor) -> Tensor:
         q = self.to_q(x_BTPC).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, T*P, D)
         q = as_many(q, context_BLC)
-        kv = self.to_kv(context_BLC).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, N, L, D)
-        out = attend(q, kv[0], kv[1])
+        kv = self.to_kv(context_BLC).unflatten(2, (2, self.heads, -1)).unbind(2)  # 2 x (B, L, N, D)
+        out = attend(q, *(one.transpose(1, 2) for one in kv))
         return self.to_out(out.transpose(1, 2).flatten(2).unflatten(1, x_BTPC.shape[1:3]))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,7 @@ class TemporalConv(nn.Conv3d):
         super().__init__(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, padding=(1, 0))
+        y = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))
         return y.unflatten(3, x.shape[3:])
 
 
@@ -175,8 +175,24 @@ def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     phases = phases.contiguous()
     by_n, by_row, by_column, by_a, by_b, _ = phases.stride()
     size = (x.shape[0], x.shape[2], 2, x.shape[3], 2, phases.shape[5])
-    y = phases.as_strided(size, (by_n, by_row, by_row + by_a, by_column, by_column + by_b, 1)).contiguous()
+    y = _Rearranged.apply(phases, size, (by_n, by_row, by_row + by_a, by_column, by_column + by_b, 1))
     return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+class _Rearranged(torch.autograd.Function):
+    """A copy of some elements of a contiguous tensor, each of which is there once: its gradient is one copy, too, where
+    PyTorch's own, which cannot know that, adds them up by index."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        ctx.shape, ctx.size, ctx.strides = x.shape, size, strides
+        return x.as_strided(size, strides).clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        whole = grad.new_zeros(ctx.shape)
+        whole.as_strided(ctx.size, ctx.strides).copy_(grad)
+        return whole, None, None
 
 
 def _phase_weights(weight: Tensor) -> Tensor:

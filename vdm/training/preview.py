@@ -21,7 +21,7 @@ def write_preview(folder: Path, video: Tensor, *, captions: Sequence[str], fps: 
     process for all."""
     if not dist.is_main():
         return
-    clips = [to_uint8(clip.float().cpu()) for clip in video]
+    clips = [to_uint8(clip) for clip in video]
     for number, clip in enumerate(clips):
         write_video(folder / f"{number:02d}.mp4", clip, fps=fps)
     contact_sheet(folder / SHEET, clips, captions=list(captions))
