@@ -20,7 +20,7 @@ BOTH = (
     "sampling.width=32", "vae_channels=[16, 16, 16]", "learning_rate=4e-3", "warmup_steps=10", "weight_decay=0",
     "ema_decay=0.95", "checkpointing_steps=1000", "validation_steps=0",
 )  # fmt: skip
-AUTOENCODER = (*BOTH, "training.task=vae", "max_train_steps=130")
+AUTOENCODER = (*BOTH, "training.task=vae", "max_train_steps=180")
 DIFFUSION = (  # the recipe of configs/demo.yaml
     *BOTH, "max_train_steps=160", "prediction_type=x0", "zero_terminal_snr=true", "loss_weighting=velocity",
     "beta_schedule=cosine", "noise_shift=3", "temporal_dropout=0", "caption_dropout=0", "data.cache_latents=true",

@@ -230,7 +230,7 @@ class LatentDistribution:
             if len(generator) != shape[0]:
                 raise UserError(f"give each clip its generator: got {len(generator)} generators for {shape[0]} clips")
             noise = torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
-        return (self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)) * self.scale
+        return (self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean, non_blocking=True)) * self.scale
 
     def kl(self) -> Tensor:
         """KL divergence from the unit Gaussian in nats, (B,), the mean over latent elements."""

@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
 
     def pooled_and_context(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The end-of-text token alone (B, text_width), which stands for the whole prompt, and the context."""
-        tokens = self.tokens(prompts).to(self.seen_tokens.device)
+        tokens = self.tokens(prompts).to(self.seen_tokens.device, non_blocking=True)
         if self.training:
             self.seen_tokens[tokens.flatten()] = True
         pooled, context = self.tower(tokens)

@@ -164,7 +164,11 @@ class LatentTask(Task):
 
     def _posterior(self, batch: Batch) -> LatentDistribution:
         kept = self.cache is not None or self.config.data.cache_latents
-        moments = batch.video.to(self.device).float() if kept else self._moments(pixels_of(batch, self.device))
+        moments = (
+            batch.video.to(self.device, non_blocking=True).float()
+            if kept
+            else self._moments(pixels_of(batch, self.device))
+        )
         return LatentDistribution(moments, self.config.vae.scaling_factor)
 
     def _latents(self, batch: Batch, *, seed: int | None = None) -> Tensor:
@@ -198,7 +202,7 @@ class UNetTask(LatentTask):
 
     def _contexts(self, captions: Sequence[str]) -> Tensor:
         if self.cache is not None and "text" not in self.modules:
-            return self.cache.contexts(captions).to(self.device).float()
+            return self.cache.contexts(captions).to(self.device, non_blocking=True).float()
         contexts: Tensor = self.modules["text"](captions)
         return contexts
 
@@ -219,8 +223,8 @@ class UNetTask(LatentTask):
         loss = ddpm_loss(
             lambda x, t: self.modules["unet"](x, t, context),
             x0,
-            noise=torch.stack(noise).to(self.device),
-            t=torch.tensor(times, device=self.device),
+            noise=torch.stack(noise).to(self.device, non_blocking=True),
+            t=torch.tensor(times).to(self.device, non_blocking=True),
             schedule=self.schedule,
         )
         return {"loss": loss.mean(), **by_timestep(loss.detach(), times, num_steps=num_steps)}

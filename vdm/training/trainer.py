@@ -121,13 +121,16 @@ class Trainer:
         """One optimizer step; returns the mean of each loss, the learning rate, the gradient's norm, and how many steps
         were skipped so far: one whose loss or gradient is not finite changes no weight."""
         rates = self._set_rates()
-        totals: dict[str, float] = {}
+        seen: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches, start=1):
             with self._dropout(batch), self.parallel.micro_step(last=number == len(micro_batches)):
                 values = self.parallel.losses(batch)
                 self._backward(values["loss"] / len(micro_batches))
+            seen.append({name: value.detach() for name, value in values.items()})
+        totals: dict[str, float] = {}
+        for values in seen:  # now, and not above, where a GPU would wait for the next micro-step
             for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + float(value.detach()) / len(micro_batches)
+                totals[name] = totals.get(name, 0.0) + float(value) / len(micro_batches)
         numbers = dist.mean(totals)
         self.scaler.unscale_(self.optimizer)
         norms = gradient_norms(self.trained) if self._logs_this_step() else {}
