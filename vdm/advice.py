@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 from typing import Any
 
 from vdm.config import Config
+from vdm.data.shards import expand
 from vdm.errors import UserError
+from vdm.files import at_home
 from vdm.footprint import footprint
 from vdm.plan import Disk, Plan, disk_of, fits, steps_of, work_of
 from vdm.training.kinds import random_parts
@@ -153,8 +153,7 @@ def _differences(config: Config, changed: Config) -> Iterator[str]:
 
 def _is_there(root: str) -> bool:
     """Whether a data root can be read, as far as can be told from here; of a pattern of shards, the first."""
-    first = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", root)
-    return "://" in root or Path(expanduser(first)).exists()
+    return "://" in root or at_home(root).exists() or at_home(expand(root)[0]).exists()
 
 
 def warnings_of(config: Config, disk: Disk) -> Iterator[str]:

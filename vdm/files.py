@@ -30,6 +30,11 @@ def replacing(path: Path, *, remedy: str = "choose a folder that can be written"
             temporary.unlink()
 
 
+def at_home(path: str | Path) -> Path:
+    """A path whose ~ stands for a home; of a user that is not there it is left as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def is_file(path: Path) -> bool:
     """Whether it is a plain file, as far as one is let look."""
     try:

@@ -224,11 +224,11 @@ class TextToVideo:
             count = f"{len(times)} step" + "s" * (len(times) > 1)
             raise UserError(f"strength is {strength}, of {count}; it must be above 0, at most 1, and enough for a step")
         skip = len(times) - int(len(times) * strength)
-        z = side_by_side(lambda video: self.vae.encode(video).mode())(clips.to(self.device))
-        if len(z) not in (1, len(noise)) or z.shape[1:] != noise.shape[1:]:
-            wanted = (noise.shape[2], *(self.vae.config.factor * side for side in noise.shape[3:]))
+        wanted = (noise.shape[2], *(self.vae.config.factor * side for side in noise.shape[3:]))
+        if len(clips) not in (1, len(noise)) or tuple(clips.shape[2:]) != wanted:
             have = f"{len(clips)} clips of {tuple(clips.shape[2:])}, for {len(noise)} of {wanted}"
             raise UserError(f"video is {have} (frames, height, width); give one, or as many, of that size")
+        z = side_by_side(lambda video: self.vae.encode(video).mode())(clips.to(self.device))
         return self.schedule.add_noise(z.expand_as(noise), noise, times[skip].expand(len(noise))), skip
 
     @property

@@ -48,7 +48,8 @@ class ClipDataset(Dataset[Sample]):
     Training: epoch `position // N` visits all N clips once in its own random order, each cut at random; all clips of a
     global batch (`position // batch_size`) have one length, or are images, each one frame of a clip of the longest
     length. Validation: clip `position`, the longest length, cut from
-    the middle. Files that are known to be unusable are left out and listed in `missing`. Raises UserError where a data
+    the middle. Files that are known to be unusable are left out and listed in `missing`, but for
+    those that are not there where enough others are. Raises UserError where a data
     set cannot be used.
     """
 

@@ -6,14 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 from typing import Literal
 
 from vdm.data.captions import filled
 from vdm.data.ssv2 import ClipFile, NoSuchSplit, Split, validation_ids
 from vdm.errors import UserError
-from vdm.files import is_file
+from vdm.files import at_home, is_file
 
 Kind = Literal["jsonl", "csv"]
 FILE, CAPTION = ("file", "file_name", "path", "video"), ("caption", "text")  # as lists of several makers call them
@@ -27,7 +26,7 @@ def find_listed(root: str | Path, split: Split, *, kind: Kind) -> list[ClipFile]
     `placeholders` too. Validation is the tenth of the files with the smallest hash, at least one. Raises UserError for
     a list that cannot be read, and for an empty split.
     """
-    path = Path(expanduser(root))
+    path = at_home(root)
     path = path / f"metadata.{kind}" if path.is_dir() else path
     entries = list(_entries(path, kind))
     names = [str(entry["file"]) for entry in entries]

@@ -11,8 +11,6 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import product
-from os.path import expanduser  # which leaves a user that is not there as it is
-from pathlib import Path
 
 import fsspec
 
@@ -20,6 +18,7 @@ from vdm.data.captions import filled
 from vdm.data.packed import Packed
 from vdm.data.ssv2 import VIDEO_EXTENSIONS, ClipFile, NoSuchSplit, Split, validation_ids
 from vdm.errors import UserError
+from vdm.files import at_home
 
 CAPTIONS = (".txt", ".json")
 
@@ -46,8 +45,9 @@ def find_shards(root: str, split: Split) -> list[ClipFile]:
 
 def expand(root: str) -> list[str]:
     """The shards that a root stands for, in order. Raises UserError where a folder has none."""
-    if "://" not in root and Path(expanduser(root)).is_dir():
-        found = sorted(str(path) for path in Path(expanduser(root)).glob("*.tar"))
+    folder = at_home(root)
+    if "://" not in root and folder.is_dir():
+        found = sorted(str(path) for path in folder.glob("*.tar"))
         if not found:
             raise UserError(f"data folder {root} holds no .tar; data.format=webdataset wants tar shards")
         return found

@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from os.path import expanduser  # which leaves a user that is not there as it is
 from pathlib import Path
 from typing import Literal
 
 from vdm.data.captions import caption, filled
 from vdm.data.packed import Packed
 from vdm.errors import UserError
-from vdm.files import is_file, names_in
+from vdm.files import at_home, is_file, names_in
 
 Split = Literal["train", "validation", "test"]
 
@@ -87,7 +86,7 @@ def validation_ids(ids: Iterable[str]) -> frozenset[str]:
 
 def existing_folder(root: str | Path) -> Path:
     """`root` as a Path; UserError when it is not a folder."""
-    folder = Path(expanduser(root))
+    folder = at_home(root)
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"data folder {root} {problem}; set data.root to the folder that holds the clips")
