@@ -52,10 +52,12 @@ def test_neighbouring_squares_fade_into_each_other() -> None:
 @given(st.integers(1, 2), st.integers(1, 4), st.integers(1, 40))
 def test_frames_a_few_at_a_time_are_the_same(B: int, T: int, pixels: int) -> None:
     network, z = vae(), randn(B, 2, T, 3, 2)
-    whole = network.decode(z).detach()  # with gradients: all at once
+    video = randn(B, 3, T, 3 * VAE.factor, 2 * VAE.factor)
+    whole, moments = network.decode(z).detach(), network.encode(video).moments.detach()  # with gradients: all at once
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(vae_module, "PIXELS", pixels)
         close(network.decode(z), whole)
+        close(network.encode(video).moments, moments)
 
 
 def test_memory_is_that_of_a_few_frames(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,11 @@ def test_memory_is_that_of_a_few_frames(monkeypatch: pytest.MonkeyPatch) -> None
         network.decode(randn(1, 2, 5, 9, 9))
         network.decode(randn(1, 2, 5, 20, 9), tile=9)
     assert {shape[0] * shape[2] for shape in seen} <= {1, 2} and max(shape[3] for shape in seen) == 9
+    sizes = []
+    network.encoder.register_forward_hook(lambda _, given, out: sizes.append(given[0].shape[0]))
+    with torch.no_grad():
+        network.encode(randn(1, 3, 5, 9 * VAE.factor, 9 * VAE.factor))
+    assert sizes == [2, 2, 1]
 
 
 def test_a_tile_as_large_as_the_frame_is_the_frame() -> None:

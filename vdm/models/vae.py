@@ -24,7 +24,7 @@ from vdm.models.layers import (
 from vdm.models.operations import attend
 from vdm.models.tiles import LEAST_TILE, decode_tiles
 
-PIXELS = 2**20  # of frames that are decoded at a time
+PIXELS = 2**20  # of frames that are encoded or decoded at a time
 
 
 @dataclass(frozen=True)
@@ -251,14 +251,16 @@ class VideoVAE(nn.Module):
         channels_last_weights(self)
 
     def encode(self, video: Tensor) -> LatentDistribution:
-        """Encode every frame alone. Raises `UserError` where height or width is not divisible by the factor."""
+        """Encode every frame alone; where no gradient is wanted, only so many at a time that memory does not grow with
+        the clip. Raises `UserError` where height or width is not divisible by the factor."""
         config = self.config
         if video.dim() != 5 or video.shape[1] != config.image_channels or 0 in video.shape:
             raise UserError(f"video must be (B, {config.image_channels}, T, H, W), got {tuple(video.shape)}")
         if video.shape[3] % config.factor or video.shape[4] % config.factor:
             raise UserError(f"height and width must be divisible by {config.factor}, got {tuple(video.shape[3:])}")
-        frames = fold_frames(video.contiguous(memory_format=torch.channels_last_3d))
-        moments = self.encoder(frames.to(self.dtype)).to(video.dtype)
+        frames = fold_frames(video.contiguous(memory_format=torch.channels_last_3d)).to(self.dtype)
+        few = len(frames) if torch.is_grad_enabled() else max(1, PIXELS // frames[0, 0].numel())
+        moments = torch.cat([self.encoder(piece) for piece in frames.split(few)]).to(video.dtype)
         return LatentDistribution(unfold_frames(moments, video.shape[2]), config.scaling_factor)
 
     def decode(self, z: Tensor, *, tile: int | None = None) -> Tensor:
