@@ -142,19 +142,14 @@ class TextToVideo:
             guidance_scale=guidance_scale, eta=eta, sampler=sampler,
         )  # fmt: skip
         _require_sound(options, eta=eta, output_type=output_type, callback_steps=callback_steps)
-        shape = self._latent_shape(options)
         cond, uncond = self._context(prompt, prompt_embeds), None
         if options.guidance_scale > 1.0:
-            default = options.negative_prompt if negative_prompt_embeds is None else None
-            uncond = self._negative(
-                default if negative_prompt is None else negative_prompt, negative_prompt_embeds, cond
-            )
-        z, skip = self._start(generator, latents, (len(cond), *shape)), 0
+            uncond = self._negative(negative_prompt, negative_prompt_embeds, cond, default=options.negative_prompt)
+        z, skip = self._start(generator, latents, (len(cond), *self._latent_shape(options))), 0
         if clips is not None:
             z, skip = self._noised(clips, z, options.num_inference_steps, strength)
-        report = None if callback is None else _every(callback_steps, callback)
-        z = self._denoise(cond, uncond, z, options, _one_each(generator, len(cond)), report, skip)
-        return VideoOutput(self._frames(z, output_type))
+        generators, report = _one_each(generator, len(cond)), _every(callback_steps, callback)
+        return VideoOutput(self._frames(self._denoise(cond, uncond, z, options, generators, report, skip), output_type))
 
     def _options(self, latents: Tensor | None, clips: Tensor | None, **given: Any) -> SamplingConfig:
         """The config's `sampling` section with what is given; sizes that are not are those of the latents or clips."""
@@ -190,8 +185,12 @@ class TextToVideo:
             raise UserError(f"prompt_embeds must be {wanted}, got {tuple(embeds.shape)}")
         return embeds.to(self.device)
 
-    def _negative(self, prompt: str | Sequence[str] | None, embeds: Tensor | None, cond: Tensor) -> Tensor:
-        """The context of what to steer away from, for each row of `cond`."""
+    def _negative(
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | None, cond: Tensor, *, default: str
+    ) -> Tensor:
+        """The context of what to steer away from, for each row of `cond`; that of `default` where nothing is given."""
+        if prompt is None and embeds is None:
+            prompt = default
         uncond = self._context([prompt] * len(cond) if isinstance(prompt, str) else prompt, embeds)
         if len(uncond) != len(cond):
             raise UserError(f"got {len(cond)} prompts and {len(uncond)} negative ones; give as many, or one text")
@@ -318,7 +317,12 @@ def _as_array(video: object) -> np.ndarray:
     return np.ascontiguousarray(video)
 
 
-def _every(count: int, callback: Callable[[int, int, Tensor], None]) -> Callable[[int, int, Tensor], None]:
+def _every(
+    count: int, callback: Callable[[int, int, Tensor], None] | None
+) -> Callable[[int, int, Tensor], None] | None:
+    if callback is None:
+        return None
+
     def report(index: int, t: int, x: Tensor) -> None:
         if index % count == 0:
             callback(index, t, x)
