@@ -21,6 +21,18 @@ from vdm.training.groups import is_temporal
 from vdm.weights import Weights, fill
 
 SHIPPED = Path(__file__).parent / "assets" / "demo"
+SECTIONS = {"unet": "model", "vae": "vae", "text": "text"}  # of a config, by part
+# What the shapes of weights do not tell, and the weights are no good without.
+UNSEEN = ("attention_head_dim", "norm_num_groups", "vae_norm_num_groups", "text_heads")
+NOISE = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "zero_terminal_snr",
+    "noise_shift",
+    "trained_betas",
+)
 
 
 @dataclass(frozen=True)
@@ -101,19 +113,37 @@ def build_vae(config: Config) -> VideoVAE:
 def _load_trained(module: VideoVAE | TextEncoder, path: Path, part: str, *, free: Collection[str]) -> None:
     """Fill a part from a model folder, whose config of that part must agree in all but the keys `free`."""
     stored = open_model(path)
-    theirs = asdict(getattr(stored.config, part))
-    for key, ours in asdict(module.config).items():
-        if key not in free and ours != theirs[key]:
-            raise UserError(f"{part}.{key} is {ours!r}, but {path} was trained with {theirs[key]!r}; use that")
+    _require_same(module, stored, part, keys=asdict(module.config).keys() - set(free))
     fill_part(module, stored, part)
 
 
 def load_part(module: nn.Module, path: Path, part: str) -> None:
     """Fill a part from a model folder of any layout, with its averaged weights where there are any.
 
-    What an image model cannot have stays as it is: temporal layers. Raises `UserError`.
+    What an image model cannot have stays as it is: temporal layers. Raises `UserError`, also where the weights fit and
+    would be of another network.
     """
-    fill_part(module, open_model(path), part)
+    stored = open_model(path)
+    _require_same(module, stored, part, keys=UNSEEN)
+    fill_part(module, stored, part)
+
+
+def _require_same(module: nn.Module, stored: StoredModel, part: str, *, keys: Collection[str]) -> None:
+    theirs = asdict(getattr(stored.config, SECTIONS[part]))
+    for key, ours in asdict(module.config).items():  # type: ignore[call-overload]
+        if key in keys and ours != theirs[key]:
+            wanted = f"{stored.path} was trained with {theirs[key]!r}"
+            raise UserError(f"{SECTIONS[part]}.{key} is {ours!r}, but {wanted}; use that")
+
+
+def other_noise(config: Config, stored: StoredModel) -> dict[str, tuple[object, object]]:
+    """The keys of `diffusion` in which a run has its network see or say something else than the stored one does, with
+    the run's value and the model's."""
+    ours, theirs = asdict(config.diffusion), asdict(stored.config.diffusion)
+    table, their_table = (NoiseSchedule(one).alphas_cumprod for one in (config.diffusion, stored.config.diffusion))
+    same = table.shape == their_table.shape and torch.allclose(table, their_table, rtol=1e-4)
+    keys = ("prediction_type", *(() if same else NOISE))
+    return {f"diffusion.{key}": (ours[key], theirs[key]) for key in keys if ours[key] != theirs[key]}
 
 
 def fill_part(module: nn.Module, stored: StoredModel, part: str) -> None:

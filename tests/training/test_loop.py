@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vdm.checkpoint import list_checkpoints, load_weights, read_manifest
 from vdm.config import Config, load
+from vdm.errors import UserError
 from vdm.models.dropout import clip_seeds
 from vdm.pipeline import TextToVideo
 from vdm.training.kinds import build_task
@@ -249,3 +250,23 @@ def test_a_run_starts_from_the_weights_that_it_is_told(tmp_path: Path) -> None:
         weights, theirs = load_weights(run_dir / "checkpoint-1", part), load_weights(donor, "unet")
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, theirs[name], rtol=0.0, atol=1e-6)
+
+
+def test_a_run_says_how_it_differs_from_the_model_that_it_starts_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that fit are not the same network with other groups or heads; other noise is to be unlearned first."""
+    donor = train(tiny(tmp_path / "donor", "training.max_train_steps=1"))
+    start = (f"training.init_from={donor}", "training.max_train_steps=1")
+    for key in ("model.norm_num_groups", "text.text_heads"):
+        with pytest.raises(UserError, match=rf"{key} is 2, but .*final was trained with \d; use that"):
+            train(tiny(tmp_path / "other", *start, f"{key}=2"))
+    capsys.readouterr()
+    train(tiny(tmp_path / "noise", *start, "diffusion.prediction_type=epsilon", "diffusion.noise_shift=2"))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "was trained with" in line]
+    assert warnings == [
+        f"warning: diffusion.prediction_type is 'epsilon', and {donor} was trained with 'v'",
+        f"warning: diffusion.noise_shift is 2.0, and {donor} was trained with 1.0",
+    ]
+    train(tiny(tmp_path / "same", *start))
+    assert "was trained with" not in capsys.readouterr().err

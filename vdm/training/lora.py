@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm import checkpoint
-from vdm.components import fill_part
+from vdm.components import fill_part, other_noise
 from vdm.config import Config, to_yaml
 from vdm.data.cache import Cache
-from vdm.diffusion import NoiseSchedule
 from vdm.errors import UserError
 from vdm.interop import StoredModel, open_model
 from vdm.interop.lora import own_name
@@ -35,15 +34,6 @@ PACKED = {"to_q": ("to_q",), "to_kv": ("to_k", "to_v"), "to_qkv": ("to_q", "to_k
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the same in PEFT's words
 # Keys in which a run may differ from the model that it changes: they are no matter of the weights.
 FREE = ("dropout", "temporal_dropout", "max_num_frames", "attention_kernel")
-NOISE = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "zero_terminal_snr",
-    "noise_shift",
-    "trained_betas",
-)
 
 
 class Factors(nn.Module):
@@ -216,12 +206,7 @@ def _require_same(config: Config, stored: StoredModel) -> None:
     """
     ours, theirs = asdict(config.model), asdict(stored.config.model)
     differ = [(f"model.{key}", ours[key], theirs[key]) for key in ours if key not in FREE and ours[key] != theirs[key]]
-    noise, their_noise = asdict(config.diffusion), asdict(stored.config.diffusion)
-    table, their_table = (NoiseSchedule(one).alphas_cumprod for one in (config.diffusion, stored.config.diffusion))
-    same = table.shape == their_table.shape and torch.allclose(table, their_table, rtol=1e-4)
-    for key in ("prediction_type", *(() if same else NOISE)):
-        if noise[key] != their_noise[key]:
-            differ.append((f"diffusion.{key}", noise[key], their_noise[key]))
+    differ += [(key, *values) for key, values in other_noise(config, stored).items()]
     if differ:
         key, value, wanted = differ[0]
         shown, theirs_is = (repr(one)[:60] for one in (value, wanted))

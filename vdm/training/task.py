@@ -6,6 +6,7 @@ draw of a clip is a function of (seed, position in the global stream), so it dep
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from vdm import dist
-from vdm.components import Components, build_text_encoder, build_unet, build_vae, load_part, save_parts, with_sources
+from vdm.components import (
+    Components,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    load_part,
+    other_noise,
+    save_parts,
+    with_sources,
+)
 from vdm.config import Config
 from vdm.data.cache import Cache
 from vdm.data.dataset import ClipDataset
@@ -23,6 +33,7 @@ from vdm.data.latents import CachedLatents, KeptLatents
 from vdm.data.loader import Batch
 from vdm.data.video import to_float
 from vdm.diffusion import NoiseSchedule, ddpm_loss, related_noise
+from vdm.interop import open_model
 from vdm.metrics.temporal import motion_energy
 from vdm.models.vae import LatentDistribution
 from vdm.pipeline import TextToVideo
@@ -195,6 +206,12 @@ class UNetTask(LatentTask):
     def parts(self) -> Components:
         """The whole model on the device."""
         return Components(self.part("unet"), self.part("vae"), self.part("text"), self.schedule)
+
+    def start_from(self, path: Path) -> None:
+        super().start_from(path)
+        if dist.is_main():
+            for key, (ours, theirs) in other_noise(self.config, open_model(path)).items():
+                print(f"warning: {key} is {ours!r}, and {path} was trained with {theirs!r}", file=sys.stderr)
 
     def trained(self) -> dict[str, nn.Module]:
         names = ("unet",) if reads_text(self.config) else ("unet", "text")
