@@ -195,6 +195,17 @@ def test_alarms_that_stand_are_on_top(tmp_path: Path) -> None:
     assert "step 300: alarm: temporal_gain" in page_of(folder).text
 
 
+def test_a_run_that_hours_end_is_judged_by_the_steps_it_had(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run", overrides=("training.max_train_steps=100000", "training.max_train_hours=1.5"))
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2000, "loss": 1.0, "temporal_gain": 0.0, "temporal_gain_error": 0.1}) + "\n")
+    assert "step 2000 of 100000 at most or 1.5 hours" in page_of(folder).text
+    assert len(warnings(read_run(folder))) == 1
+    (folder / "final").mkdir()
+    (folder / "final" / "manifest.json").write_text("{}")
+    assert len(warnings(read_run(folder))) == 1
+
+
 @pytest.mark.parametrize("damage", ["config", "no config", "captions", "no clips", "environment", "no lines"])
 def test_files_that_are_damaged_or_gone_cost_their_part_alone(tmp_path: Path, damage: str) -> None:
     folder = a_run(tmp_path / "run")

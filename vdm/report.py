@@ -15,6 +15,7 @@ from vdm.charts import Curve, chart
 from vdm.config import Config
 from vdm.rundir import Preview, Record, Run, read_run
 from vdm.training.diagnostics import ERROR, NUM_BINS, alarms
+from vdm.training.settings import TrainingConfig
 from vdm.webpage import video, write_page
 
 T = TypeVar("T")
@@ -90,14 +91,20 @@ def _section(title: str, content: str, kind: str) -> str:
 def _state(run: Run) -> str:
     """Where the run stands, in a line."""
     step = int(run.records[-1]["step"]) if run.records else 0
-    most = f" of {run.config.training.max_train_steps}" if run.config is not None else ""
-    told = [f"{run.status}, step {step}{most}"]
+    told = [f"{run.status}, step {step}" + ("" if run.config is None else _end(run.config.training))]
     if losses := [(record["val_loss"], int(record["step"])) for record in run.records if "val_loss" in record]:
         told.append(f"best val_loss {min(losses)[0]:.4f} at step {min(losses)[1]}, last {losses[-1][0]:.4f}")
     if run.starts:
         again = f", and again {run.starts[-1].get('started')}" if len(run.starts) > 1 else ""
         told.append(f"started {run.starts[0].get('started')}{again}")
     return "; ".join(told)
+
+
+def _end(training: TrainingConfig) -> str:
+    """When a run ends."""
+    known = {"epochs": training.max_train_epochs, "hours": training.max_train_hours}
+    others = [f"{number:g} {unit}" for unit, number in known.items() if number is not None]
+    return " or ".join([f" of {training.max_train_steps}" + (" at most" if others else ""), *others])
 
 
 def warnings(run: Run) -> list[str]:
@@ -107,8 +114,10 @@ def warnings(run: Run) -> list[str]:
         last = next((record for record in reversed(run.records) if name in record), None)
         if last is not None and run.config is not None:
             values = {key: last[key] for key in (name, name + ERROR) if key in last}
+            step = int(last["step"])
             found += [
-                f"step {last['step']}: {told}" for told in alarms(values, step=int(last["step"]), config=run.config)
+                f"step {step}: {told}"
+                for told in alarms(values, step=step, num_steps=_num_steps(run, run.config.training), config=run.config)
             ]
     last = run.records[-1] if run.records else {"loss": 0.0}
     if skipped := int(last.get("skipped_steps", 0)):
@@ -118,6 +127,14 @@ def warnings(run: Run) -> list[str]:
     if "loss" not in last and last["step"] > 0:  # step 0 has none, being what was before the first
         found.append(f"the loss of step {last['step']} is not finite")
     return found
+
+
+def _num_steps(run: Run, training: TrainingConfig) -> int:
+    """How many steps a run has, as far as its folder tells; 0 where epochs or hours will end it."""
+    if run.status == "finished":
+        return int(run.records[-1]["step"]) if run.records else 0
+    sooner = training.max_train_epochs is not None or training.max_train_hours is not None
+    return 0 if sooner else training.max_train_steps
 
 
 # ---- curves

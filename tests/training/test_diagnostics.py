@@ -323,7 +323,7 @@ GOOD = {"temporal_gain": 0.1, "temporal_gain_error": 0.01, "caption_gain": 0.1, 
 )
 def test_alarms(change: dict[str, float], overrides: tuple[str, ...], step: int, named: list[str]) -> None:
     config = tiny("training.max_train_steps=10000", *overrides)
-    found = alarms(GOOD | change, step=step, config=config)
+    found = alarms(GOOD | change, step=step, num_steps=config.training.max_train_steps, config=config)
     assert len(found) == len(named)
     for sentence, name in zip(found, named, strict=True):
         assert sentence.startswith("alarm: ") and re.search(name, sentence)

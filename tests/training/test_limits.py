@@ -117,6 +117,17 @@ def test_wsd_with_no_decay_is_constant_and_with_all_of_it_linear() -> None:
         assert [learning_rate(s, ours) for s in range(STEPS)] == [learning_rate(s, theirs) for s in range(STEPS)]
 
 
+# ---- how long
+
+
+def test_how_many_steps_a_run_will_have() -> None:
+    assert Limits(100).expected(7, seconds=3.0) == 100
+    assert Limits(100, 60.0).expected(0, seconds=0.0) == 100, "nothing is known yet"
+    assert Limits(100, 60.0).expected(5, seconds=6.0) == 50
+    assert Limits(40, 60.0).expected(5, seconds=6.0) == 40
+    assert Limits(100, 60.0).expected(31, seconds=61.0) == 31
+
+
 # ---- limits
 
 

@@ -210,9 +210,10 @@ def summary(values: Mapping[str, float]) -> str:
     )
 
 
-def alarms(values: Mapping[str, float], *, step: int, config: Config) -> list[str]:
-    """What looks like a run that does not learn, one sentence each; nothing in its first tenth, or first 200 steps."""
-    if step < max(200, config.training.max_train_steps // 10):
+def alarms(values: Mapping[str, float], *, step: int, num_steps: int, config: Config) -> list[str]:
+    """What looks like a run that does not learn, one sentence each; nothing in its first tenth, or first 200 steps, of
+    `num_steps` that it will have."""
+    if step < max(200, num_steps // 10):
         return []
     found = []
     if config.model.model_type != "spatial" and _is_zero("temporal_gain", values):

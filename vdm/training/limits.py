@@ -30,6 +30,12 @@ class Limits:
         """Whether the run is over after so many steps and seconds."""
         return step >= self.steps or seconds >= self.seconds
 
+    def expected(self, step: int, *, seconds: float) -> int:
+        """How many steps the run will have, if it goes on at the pace of these steps and seconds."""
+        if not math.isfinite(self.seconds) or not step or not seconds:
+            return self.steps
+        return min(self.steps, max(step, round(step * self.seconds / seconds)))
+
     def done(self, step: int, *, warmup: int, seconds: float = 0.0) -> float:
         """Share in [0, 1] of the run after its warm-up that is over when `step` steps are: the larger one, by steps or
         by time. It never falls as either goes on.

@@ -109,7 +109,7 @@ class Loop:
                 values = self.trainer.train_step(batches)
             window.add(values, batches, waited=waited, seconds=time.perf_counter() - began)
             self.rehearsal.save(stop)
-            log.advance(values["loss"])
+            log.advance(values["loss"], num_steps=self._expected())
             last = self.trainer.ended()
             held_out = self._look(last)
             if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
@@ -119,6 +119,10 @@ class Loop:
             if self.trainer.step % settings.checkpointing_steps == 0 or last:
                 self.trainer.save()
         return last
+
+    def _expected(self) -> int:
+        """How many steps the run will have."""
+        return self.trainer.limits.expected(self.trainer.step, seconds=self.trainer.clock.seconds())
 
     def _pause(self) -> Path:
         """The checkpoint of this step."""
@@ -145,7 +149,7 @@ class Loop:
                 self.trainer.say(f"step {self.trainer.step}: {summary(values)}")
             if previews:
                 values |= self._preview(self.run_dir / "samples" / f"step-{self.trainer.step:06d}")
-        for alarm in alarms(values, step=self.trainer.step, config=self.trainer.config):
+        for alarm in alarms(values, step=self.trainer.step, num_steps=self._expected(), config=self.trainer.config):
             self.trainer.say(alarm)
         return values
 
