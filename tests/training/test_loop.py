@@ -60,6 +60,7 @@ def test_a_loss_scaler_changes_no_number_skips_what_overflows_and_is_kept(tmp_pa
     plain, scaled = (trainer_of(tmp_path / name, "training.max_grad_norm=0.1") for name in ("plain", "scaled"))
     scaled.scaler = torch.amp.GradScaler("cpu")
     (values, gradients), (same, theirs) = step(plain), step(scaled)
+    assert same.pop("loss_scale") == 2.0**16 and "loss_scale" not in values
     assert values == same and all(torch.equal(gradient, theirs[name]) for name, gradient in gradients.items())
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters, scaled.parameters, strict=True))
     before = [p.detach().clone() for p in scaled.parameters]
@@ -68,6 +69,7 @@ def test_a_loss_scaler_changes_no_number_skips_what_overflows_and_is_kept(tmp_pa
     hook.remove()
     assert all(torch.equal(p, b) for p, b in zip(scaled.parameters, before, strict=True))
     assert scaled.scaler.get_scale() == 2.0**15 and values["skipped_steps"] == 0, "an overflow is no fault"
+    assert values["loss_scale"] == 2.0**15 and scaled.ema.num_updates == 1, "nor are there weights to average"
     scaled.save()
     other = trainer_of(tmp_path / "scaled", "training.max_grad_norm=0.1")
     other.scaler = torch.amp.GradScaler("cpu")

@@ -140,13 +140,14 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if trouble is None:
+        if trouble is not None:
+            self._skip(micro_batches, trouble)
+        elif math.isfinite(norm):  # else the scaler has skipped the step
             self.ema.update()
             self.faults.in_a_row = 0
-        else:
-            self._skip(micro_batches, trouble)
         self.step += 1
-        return {**numbers, **rates, "grad_norm": norm, **norms, "skipped_steps": float(self.faults.skipped)}
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        return {**numbers, **rates, **scale, "grad_norm": norm, **norms, "skipped_steps": float(self.faults.skipped)}
 
     def _logs_this_step(self) -> bool:
         number = self.step + 1
