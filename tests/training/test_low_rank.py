@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -277,6 +278,20 @@ def test_a_step_changes_the_lora_and_nothing_else(base: Path, tmp_path: Path) ->
     plain = trainer_of(whole)
     load_part(plain.task.modules["unet"], base, "unet")
     assert step(plain)["loss"] == first
+
+
+def test_a_lora_of_motion_alone(base: Path, tmp_path: Path) -> None:
+    """With a rate of 0 for spatial layers the factors of temporal ones alone learn; the file holds no other change."""
+    final = train(tiny(base, tmp_path / "run", "training.spatial_learning_rate=0"))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["grad_norm_temporal"] > 0 and "grad_norm_spatial" not in log[-1]
+    changes = {
+        name: t
+        for name, t in safetensors.torch.load_file(final / "adapter_model.safetensors").items()
+        if "lora_B" in name
+    }
+    temporal = {name for name in changes if "temp_attentions" in name or "transformer_in" in name}
+    assert {name for name, tensor in changes.items() if tensor.any()} == temporal != set(changes)
 
 
 @pytest.mark.slow

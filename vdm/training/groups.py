@@ -22,7 +22,7 @@ def is_temporal(name: str) -> bool:
 
 def group_of(part: str, name: str) -> str:
     """The group of a parameter of a part of the model: "spatial", "temporal", or the part itself where it has none."""
-    if part not in ("unet", "vae"):
+    if part not in ("unet", "vae", "lora"):
         return part
     return "temporal" if is_temporal(name) else "spatial"
 
