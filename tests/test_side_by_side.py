@@ -54,6 +54,20 @@ def test_threads_are_shared_out(clips: int, calls: int, each: int) -> None:
     assert set(later) == {4}, "a thread that comes later has all of them"
 
 
+def test_a_thread_that_cannot_be_started_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def only_one(self: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", only_one)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="can't start new thread"):
+        side_by_side(lambda x: x)(torch.zeros(4, 1))
+
+
 def test_what_a_thread_would_not_know_of_stays_in_one() -> None:
     weight = torch.ones(3, 3, requires_grad=True)
 

@@ -41,7 +41,11 @@ def side_by_side(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
             ready.wait()
 
         with ThreadPoolExecutor(groups, initializer=begin) as pool:
-            parts = pool.map(lambda *some: _without_gradients(call, *some), *each)
+            try:
+                parts = pool.map(lambda *some: _without_gradients(call, *some), *each)
+            except RuntimeError:  # no thread could be started, and those that were must not wait for it
+                ready.abort()
+                raise
             ready.wait()
             torch.set_num_threads(threads)  # which threads that come later begin with, for the last to set it counts
             return torch.cat([part.unflatten(0, (-1, clips // groups)) for part in parts], dim=1).flatten(0, 1)

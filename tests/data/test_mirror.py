@@ -46,6 +46,8 @@ def test_every_template_has_its_rule(number: int) -> None:
     [
         ("plugging a cable into a phone but pulling it right out as you remove your hand", SSV2_TEMPLATES[50],
          ["a cable", "a phone"], "plugging a cable into a phone but pulling it right out as you remove your hand"),
+        ("a wheel spins Clockwise", "", [], None),
+        ("turning a key anti-clockwise, from left to right", "", [], None),
         ("putting a cup upright on the table", SSV2_TEMPLATES[119], ["a cup"], "putting a cup upright on the table"),
         ("pushing pushing spray from right to left from right to left", SSV2_TEMPLATES[94],
          ["pushing spray from right to left"], None),

@@ -23,6 +23,7 @@ TURNED: frozenset[str] = frozenset(
 # All others keep theirs, though some have the word: "pulling it right out" is an idiom, and "upright" is another word.
 UNTURNED: frozenset[str] = frozenset(SSV2_TEMPLATES) - TURNED
 
+_TURNS = re.compile(r"clockwise\b", re.IGNORECASE)  # nothing says which way a mirrored "anticlockwise" is spelt
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 # In captions without a template, these mean sides beyond doubt.
 _DIRECTIONS = re.compile(
@@ -38,9 +39,9 @@ def mirrored(text: str, *, template: str = "", placeholders: Sequence[str] = ())
 
     `text` is any wording of the clip's caption. A template decides where there is one, unless a side stands in what
     fills its slots ("left foot"). Without one the sides are changed if each is part of a direction, such as "from left
-    to right". The mirror of a mirror is the text itself.
+    to right"; a clip that turns clockwise is not mirrored. The mirror of a mirror is the text itself.
     """
-    if any(_SIDES.search(filler) for filler in placeholders):
+    if any(_SIDES.search(filler) for filler in placeholders) or _TURNS.search(text):
         return None
     if template in UNTURNED or not re.search(r"\b(left|right)", text, re.IGNORECASE):
         return text
