@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vdm import __version__, dist
 from vdm.errors import CannotWrite, UserError
-from vdm.evaluation import clips, judging, verdicts
+from vdm.evaluation import classified, clips, judging, verdicts
 from vdm.evaluation.altered import ALTERATIONS, NOISE, SEED, as_it_is
 from vdm.evaluation.catalogue import Metric, chosen
 from vdm.evaluation.clips import Clip, Shape
@@ -168,7 +168,7 @@ def _write(
     records = with_lines([one.record for one in found], write_per_clip(folder, lines))
     with replacing(folder / TABLE, remedy=REMEDY) as file:
         file.write_text(table(records), encoding="utf-8", errors="backslashreplace")
-    write_page(folder, Content(records, metrics, lines, ours.clips, theirs.clips, shape, _confusion(ours)))
+    write_page(folder, Content(records, metrics, lines, ours.clips, theirs.clips, shape, _confusions(ours, theirs)))
     write_records(folder, records)
     return records
 
@@ -180,9 +180,12 @@ def _remove(path: Path) -> None:
         raise CannotWrite(f"cannot remove {path}: {in_words(error)}; {REMEDY}") from error
 
 
-def _confusion(ours: Extracted) -> Confusion | None:
-    """None where actions were not judged, or no prompt asks for one."""
-    if ("", "judge") not in ours.rows:
-        return None
-    rows, columns, counts = verdicts.confusion(ours.side("judge"))
-    return Confusion(rows, columns, counts) if counts.any() else None
+def _confusions(ours: Extracted, theirs: Extracted) -> list[Confusion]:
+    """Of every judge of actions that was asked, where any prompt asks for one."""
+    found = []
+    if ("", "judge") in ours.rows:
+        found.append(Confusion("Actions", *verdicts.confusion(ours.side("judge"))))
+    if ("", "ssv2") in ours.rows:
+        seen = classified.confusion(ours.side("ssv2"), theirs.side("ssv2"))
+        found.append(Confusion("Actions of Something-Something, by VideoMAE", *seen))
+    return [confusion for confusion in found if confusion.counts.any()]

@@ -62,7 +62,7 @@ def clips() -> Tensor:
     return torch.randint(0, 256, (3, 16, 9, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def by_definition(published: dict[str, Tensor], clips: Tensor) -> Tensor:
+def by_definition(published: dict[str, Tensor], clips: Tensor, *, normalised: bool = False) -> Tensor:
     """In float64, from pixels on, with explicit patches, heads, softmax, norms and GELU."""
     w = {name: tensor.double() for name, tensor in published.items()}
 
@@ -73,6 +73,9 @@ def by_definition(published: dict[str, Tensor], clips: Tensor) -> Tensor:
         )
 
     frames = F.interpolate(clips.flatten(0, 1).permute(0, 3, 1, 2).double() / 255, size=(SIZE, SIZE), mode="bilinear")
+    if normalised:
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()[:, :, None, None]
+        frames = (frames - mean) / std
     video = frames.unflatten(0, clips.shape[:2])  # (B, 16, 3, 12, 12)
     tubes = video.reshape(len(clips), 8, 2, 3, 3, PATCH, 3, PATCH)  # (B, t, 2, 3, y, PATCH, x, PATCH)
     x = torch.einsum("btkcypxq,dckpq->btyxd", tubes, w["patch_embed.proj.weight"]).flatten(1, 3)
@@ -89,7 +92,8 @@ def by_definition(published: dict[str, Tensor], clips: Tensor) -> Tensor:
         x = x + torch.cat(heads, -1) @ w[f"{block}.attn.proj.weight"].T + w[f"{block}.attn.proj.bias"]
         h = norm(x, f"{block}.norm2") @ w[f"{block}.mlp.fc1.weight"].T + w[f"{block}.mlp.fc1.bias"]
         x = x + h * (1 + torch.erf(h / 2**0.5)) / 2 @ w[f"{block}.mlp.fc2.weight"].T + w[f"{block}.mlp.fc2.bias"]
-    return norm(x.mean(1), "fc_norm")
+    pooled = norm(x.mean(1), "fc_norm")
+    return pooled @ w["head.weight"].T + w["head.bias"] if normalised else pooled
 
 
 @pytest.mark.parametrize("wrapping", ["module", "model", None])
@@ -99,6 +103,9 @@ def test_equals_the_definition(
     found = load({wrapping: published} if wrapping else published)
     assert len(found.sha256) == 64 and not found.net.training
     torch.testing.assert_close(found.features(clips).double(), by_definition(published, clips), rtol=0, atol=1e-4)
+    wanted = by_definition(published, clips, normalised=True)
+    assert found.logits(clips).shape == (3, 174)
+    torch.testing.assert_close(found.logits(clips).double(), wanted, rtol=0, atol=1e-4)
 
 
 def test_a_safetensors_file_is_read_too(
@@ -133,6 +140,7 @@ def test_what_is_refused(
         ({"module": {"x": 3}}, "no weights by name"),
         ([published], "no weights by name"),
         ({name: tensor for name, tensor in published.items() if "fc_norm" not in name}, "not a VideoMAE"),
+        ({name: tensor for name, tensor in published.items() if "head" not in name}, "not a VideoMAE"),
         (
             {name: tensor for name, tensor in published.items() if "1.attn.v_bias" not in name},
             "no blocks.1.attn.v_bias",
@@ -150,7 +158,7 @@ def test_the_published_sizes() -> None:
         net = VideoMae()
     d, h = 1408, 6144
     block = (3 * d * d + 3 * d) + (d * d + d) + 4 * d + (2 * d * h + h + d)
-    assert sum(p.numel() for p in net.parameters()) == 40 * block + (3 * 2 * 14 * 14 * d + d) + 2 * d
+    assert sum(p.numel() for p in net.parameters()) == 40 * block + (3 * 2 * 14 * 14 * d + d) + 2 * d + 174 * (d + 1)
     assert sinusoids(2048, 1408).shape == (2048, 1408)
 
 

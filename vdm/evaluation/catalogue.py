@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vdm.errors import UserError, nearest
 from vdm.evaluation.candidates import Kind, of_templates
+from vdm.evaluation.classified import accuracy, pair_accuracy
 from vdm.evaluation.matching import OTHERS, r_precision, r_precision_rank
 from vdm.evaluation.measures import (
     ALL,
@@ -43,6 +44,7 @@ CANDIDATES = {"candidates": "own prompt and 99 of other templates, of the refere
 IN_ACTIONS = {"candidates": "own objects in all templates of Something-Something with as many slots"}
 IN_OBJECTS = {"candidates": f"own template with the objects of up to {OTHERS} prompts of the reference"}
 IN_PAIRS = {"candidates": "own template and each that is its mirror image, its reverse or its pretence"}
+OTHER_PROMPTS = {"chance": "the prompts of all clips in place of the own"}
 LOGITS, VIDEOMAE = 400, 1408  # features of I3D, and of VideoMAE-v2-g
 
 
@@ -132,6 +134,15 @@ _ALL = (
     Metric("fvd_i3d_imagenet", "i3d_imagenet", _frechet(LOGITS), LOWER, "by weights from ImageNet on", UNBIASED),
     Metric("fvd_videomae", "videomae", _frechet(VIDEOMAE), LOWER, "content-debiased FVD, by VideoMAE", UNBIASED),
     Metric("kvd_videomae", "videomae", _kernel(), LOWER, "kernel distance by the same", KERNEL),
+    Metric(
+        "ssv2_action_accuracy", "ssv2", accuracy(at=1), HIGHER, "own template first of SSv2's 174, by VideoMAE",
+        OTHER_PROMPTS,
+    ),
+    Metric("ssv2_action_accuracy_5", "ssv2", accuracy(at=5), HIGHER, "own template among the first 5", OTHER_PROMPTS),
+    Metric(
+        "ssv2_pair_accuracy", "ssv2", pair_accuracy(), HIGHER,
+        "own template before its mirror image, reverse or pretence; by chance 0.5",
+    ),
     Metric("is", "c3d", Score(_is), HIGHER, "Inception score by C3D of UCF-101, 1 to 101; one split"),
     Metric("is_10_splits", "c3d", Score(_is_of_ten, least=12), HIGHER, "mean of 10 shares of the clips"),
     Metric(

@@ -75,6 +75,7 @@ def extractors(options: Options) -> dict[str, Extractor]:
         "videomae": Extractor(
             networks.open_videomae, (videomae.FILE,), frames=(videomae.NUM_FRAMES, videomae.NUM_FRAMES)
         ),
+        "ssv2": Extractor(networks.open_ssv2, (videomae.FILE,), frames=(videomae.NUM_FRAMES, videomae.NUM_FRAMES)),
         "c3d": Extractor(networks.open_c3d, ("c3d_ucf101.pt", "conv3d_deepnetA_ucf.npz"), frames=(16, 16)),
         "clip": Extractor(clip, ("ViT-B-32.pt", "open_clip_model.safetensors"), frames=(2, MOST_FRAMES)),
         "dino": Extractor(networks.open_dino, ("dino_vitbase16_pretrain.pth",), frames=(2, MOST_FRAMES)),

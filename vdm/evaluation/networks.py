@@ -6,6 +6,7 @@ Clips go through one at a time, so no row depends on its batch, nor on how many 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from vdm.metrics.i3d import load_i3d
 from vdm.metrics.i3d_files import FVD, IMAGENET
 from vdm.metrics.precision import full_precision
 from vdm.metrics.toy import FEATURES, SHIPPED, SIZE, load_toy_classifier
-from vdm.metrics.videomae import load_videomae
+from vdm.metrics.videomae import VideoMaeFeatures, load_videomae
 from vdm.metrics.vit import load_dino
 from vdm.weights import sha256
 
@@ -129,9 +130,23 @@ def open_dino(path: Path | None, device: torch.device, shape: Shape) -> Opened:
 def open_videomae(path: Path | None, device: torch.device, shape: Shape) -> Opened:
     """The 1408 features of the content-debiased Frechet distance."""
     assert path is not None
-    net = load_videomae(path, device=str(device))
+    net = _videomae(path, str(device))
     protocol = {"layer": "fc_norm1408", "resize": "squash", "interp": "torch", "dtype": "float32"}
     return Opened(each(lambda clip, prompt: net.features(clip)[0]), protocol, net.sha256)
+
+
+def open_ssv2(path: Path | None, device: torch.device, shape: Shape) -> Opened:
+    """The same network's 174 logits of Something-Something's templates."""
+    assert path is not None
+    net = _videomae(path, str(device))
+    protocol = {"layer": "logits174", "resize": "squash", "interp": "torch", "dtype": "float32"}
+    return Opened(each(lambda clip, prompt: net.logits(clip)[0]), protocol, net.sha256)
+
+
+@lru_cache(maxsize=1)
+def _videomae(path: Path, device: str) -> VideoMaeFeatures:
+    """Two extractors share it, for it takes 4 GB."""
+    return load_videomae(path, device=device)
 
 
 def open_toy(path: Path | None, device: torch.device, shape: Shape) -> Opened:

@@ -49,6 +49,7 @@ for (const video of document.querySelectorAll("video"))
 class Confusion:
     """How often clips whose prompt is of the row's class were judged to be of the column's: counts (R,C)."""
 
+    title: str
     rows: Sequence[str]
     columns: Sequence[str]
     counts: np.ndarray
@@ -64,7 +65,7 @@ class Content:
     generated: Sequence[Clip]
     reference: Sequence[Clip]
     shape: Shape
-    confusion: Confusion | None = None
+    confusions: Sequence[Confusion] = ()
 
 
 def write_page(folder: Path, content: Content) -> Path:
@@ -73,7 +74,7 @@ def write_page(folder: Path, content: Content) -> Path:
     parts = [
         f"<h1>{title}</h1>\n<p>Read at {html.escape(str(content.shape))}.</p>\n",
         _records(content),
-        _actions(content.confusion) if content.confusion is not None else "",
+        *map(_actions, content.confusions),
         _memorised(content),
         _clips(content),
         _protocols(content.records),
@@ -147,7 +148,8 @@ def _actions(confusion: Confusion) -> str:
         rows.append(f"<tr>{told}{cells}</tr>\n")
     names = "".join(f"<li>{html.escape(name)}</li>\n" for name in confusion.columns)
     return (
-        f'<h2>Actions</h2>\n<p>Rows are what the prompts say, columns what was seen.</p>\n<table class="confusion">\n'
+        f"<h2>{html.escape(confusion.title)}</h2>\n<p>Rows are what the prompts say, columns what was seen.</p>\n"
+        f'<table class="confusion">\n'
         f"<tr><th></th><th></th>{head}</tr>\n{''.join(rows)}</table>\n"
         f"<details><summary>columns</summary><ol>\n{names}</ol></details>\n"
     )

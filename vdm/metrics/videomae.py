@@ -1,12 +1,13 @@
-"""Features by VideoMAE-v2-g, fine-tuned on Something-Something V2: of clips' motion more than of their look.
+"""VideoMAE-v2-g, fine-tuned on Something-Something V2: features of clips' motion more than of their look, and actions.
 
-Wang et al. 2023 (VideoMAE V2, arXiv:2303.16727). The Frechet distance of these features is the content-debiased FVD of
+Wang et al. 2023 (VideoMAE V2, arXiv:2303.16727). The Frechet distance of its features is the content-debiased FVD of
 Ge et al. 2024 (arXiv:2404.12391), which I3D's, trained to know scenes, is not.
 """
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from vdm.weights import SUFFIX, Weights, fill, open_weights, sha256
 
 FILE = "vit_g_hybrid_pt_1200e_ssv2_ft.pth"
 NUM_FRAMES = 16
+NUM_CLASSES = 174  # templates, in the order of the data set's labels.json
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, by which it was fine-tuned
 _AT_ONCE = 2  # clips that go through the network together
 
 
@@ -36,7 +39,9 @@ class _Tubes(nn.Module):
 
 
 class VideoMae(nn.Module):
-    """Clips (B, 3, T, H, W) in [0, 1] -> (B, width): the norm of the mean over all tokens of the last layer.
+    """Clips (B, 3, T, H, W) -> (B, width): the norm of the mean over all tokens of the last layer.
+
+    `head` makes logits (B, NUM_CLASSES) of that.
 
     A token is 2 frames x `patch` x `patch` pixels; tokens are numbered in time, then down, then across, and their
     position is the sines and cosines of that one number.
@@ -57,6 +62,7 @@ class VideoMae(nn.Module):
         self.patch_embed = _Tubes(width, patch)
         self.blocks = nn.ModuleList(Block(width, heads=heads, hidden=hidden) for _ in range(depth))
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, NUM_CLASSES)
 
     def forward(self, clips: Tensor) -> Tensor:
         x = self.patch_embed(clips).flatten(2).transpose(1, 2)  # (B, L, D)
@@ -85,15 +91,26 @@ class VideoMaeFeatures:
     def features(self, clips: Tensor) -> Tensor:
         """Clips uint8 RGB (B, 16, H, W, 3) -> (B, 1408) float32 on the CPU.
 
-        Squashed to 224 x 224, bilinear without antialiasing, /255 and not normalised further. Raises ValueError for
-        other shapes or dtypes, and where a feature is NaN or infinite.
+        Squashed to 224 x 224, bilinear without antialiasing, /255 and not normalised further, as cd-fvd has it. Raises
+        ValueError for other shapes or dtypes, and where a feature is NaN or infinite.
         """
+        return self._of_each(clips, self.net)
+
+    def logits(self, clips: Tensor) -> Tensor:
+        """Clips uint8 RGB (B, 16, H, W, 3) -> (B, 174) float32 on the CPU: how likely each action is.
+
+        Squashed as for `features`, and normalised by ImageNet's mean and deviation, as in fine-tuning. Raises alike.
+        """
+        mean, std = (torch.tensor(numbers, device=self.device).view(3, 1, 1, 1) for numbers in (MEAN, STD))
+        return self._of_each(clips, lambda pixels: self.net.head(self.net((pixels - mean) / std)))
+
+    def _of_each(self, clips: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         require_frames(clips)
         if clips.shape[1] != NUM_FRAMES:
             raise ValueError(f"VideoMAE takes clips of {NUM_FRAMES} frames, got {clips.shape[1]}")
         with full_precision(self.device):
             parts = clips.split(_AT_ONCE)
-            found = torch.cat([self.net(_pixels(part.to(self.device), self.net.size)).cpu() for part in parts])
+            found = torch.cat([network(_pixels(part.to(self.device), self.net.size)).cpu() for part in parts])
         if not found.isfinite().all():
             raise ValueError("a feature is NaN or infinite; a clip or the weights are damaged")
         return found
@@ -141,9 +158,9 @@ def _read(path: Path) -> Weights:
 
 
 def _as_ours(weights: Weights, path: Path) -> Weights:
-    """Without the classifier, and with one bias for query, key and value; the file has none for the key."""
+    """With one bias for query, key and value; the file has none for the key."""
     stems = [name.removesuffix(".q_bias") for name in weights if name.endswith(".attn.q_bias")]
-    if not stems or "fc_norm.weight" not in weights:
+    if not stems or not {"fc_norm.weight", "head.weight"} <= weights.keys():
         raise UserError(f"{path} is not a VideoMAE that was fine-tuned; give the file of {FILE}")
     biases = {}
     for stem in stems:
@@ -151,5 +168,4 @@ def _as_ours(weights: Weights, path: Path) -> Weights:
         if value is None:
             raise UserError(f"{path}: there is no {stem}.v_bias; give the file of {FILE}")
         biases[f"{stem}.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
-    left_out = (".q_bias", ".v_bias", "head.weight", "head.bias")
-    return weights.renamed(lambda name: None if name.endswith(left_out) else name).updated(biases)
+    return weights.renamed(lambda name: None if name.endswith((".q_bias", ".v_bias")) else name).updated(biases)
