@@ -272,3 +272,11 @@ def test_a_run_says_how_it_differs_from_the_model_that_it_starts_from(
     ]
     train(tiny(tmp_path / "same", *start))
     assert "was trained with" not in capsys.readouterr().err
+
+
+def test_previews_are_made_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "training.mixed_precision=bf16")
+    seen = set()
+    trainer.task.modules["unet"].conv_in.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    trainer.preview(tmp_path / "preview")
+    assert seen == {torch.bfloat16} and list((tmp_path / "preview").glob("*.mp4"))

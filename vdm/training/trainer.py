@@ -261,7 +261,7 @@ class Trainer:
 
     def preview(self, folder: Path) -> dict[str, float]:
         """Write what the model makes now, of some validation clips or the configured prompts; returns numbers of it."""
-        with closing(self.held_out_batches(batch_size=min(8, len(self.held_out)))) as stream:
+        with closing(self.held_out_batches(batch_size=min(8, len(self.held_out)))) as stream, self._autocast():
             return self.task.preview(folder, next(stream))
 
     def save(self, *, must: bool = False) -> None:
