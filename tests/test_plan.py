@@ -16,6 +16,7 @@ from tests.conftest import ROOT, Command
 from vdm import plan as planning
 from vdm.advice import CHANGES, make_plan, to_fit, warnings_of
 from vdm.checkpoint import Retention, read_manifest
+from vdm.cli import GPU_NAMES, MORE_GPUS
 from vdm.config import Config, load
 from vdm.footprint import Footprint, footprint
 from vdm.plan import CONTEXT_BYTES, GIB, GPU, GPUS, Disk, Plan, Work, cache_bytes, disk_of, held
@@ -48,7 +49,7 @@ def test_a_plan_needs_neither_data_nor_weights_and_leaves_nothing(command: Comma
     report = tmp_path / "plan.json"
     result = command("train.py", TINY, *LEAST, *words, "--plan", "--json", report)
     assert result.code == 0, result
-    for word in ("unet", "gradients", "optimizer", "averaged weights", "activations", "preview", "save", *GPUS):
+    for word in ("unet", "gradients", "optimizer", "averaged weights", "activations", "preview", "save", *GPU_NAMES):
         assert word in result.out
     assert "warning: data.root=nowhere is not there" in result.out
     assert "warning: vae.vae_weights is null" in result.out and "text_weights is null" not in result.out
@@ -127,12 +128,17 @@ def test_time_is_work_over_speed() -> None:
     assert exact.seconds("A100") == pytest.approx(400.0 / 9.75), "float32 has no such units"
 
 
+def test_every_gpu_that_can_be_named_is_known() -> None:
+    assert tuple(GPUS) == (*GPU_NAMES, *MORE_GPUS)
+    assert all(gpu.half > gpu.full > gpu.gib / 10 for gpu in GPUS.values())
+
+
 def test_the_table_says_what_would_make_it_fit() -> None:
     phases = {"training step": {"weights of unet": 30 * GIB, "activations": 10 * GIB}, "save": {"weights of unet": 1}}
     measured = replace(NOTHING, phases=phases, parameters={"unet": 1_411_233_860}, trained={"unet": 7})
     advice = {"4090": ("training.ema_offload=true", "training.batch_size=1"), "3090": None}
     plan = Plan(config_of(), measured, Work(1.0, 2.0, 0.0, 0.5), PLENTY, 0.4, advice, ("it rains",))
-    lines = table(plan, tuple(GPUS)).splitlines()
+    lines = table(plan, GPU_NAMES).splitlines()
     rows = {line.split("  ")[1]: line.split()[-2:] for line in lines if line.startswith("  ")}
     assert rows["weights of unet"] == ["30.00", "0.00"] and rows["in all"] == ["41.00", "1.00"]
     assert "warning: 41.0 GiB do not fit into a 3090; no option makes it fit" in lines

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from vdm.errors import Failure, UserError
 
-GPU_NAMES = ("A100", "H100", "H200", "4090", "3090")
+GPU_NAMES = ("A100", "H100", "H200", "4090", "3090")  # in every plan
+MORE_GPUS = ("A100-40", "A6000", "L40S", "4080", "4070", "3060")  # when asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +84,8 @@ def train_command(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.flag("--resume", metavar="latest|PATH", help="go on from the run's newest valid checkpoint, or this one")
     parser.flag("--plan", action="store_true", help="print what the run would take, and train nothing")
-    parser.flag("--gpu", choices=GPU_NAMES, help="with --plan: for this GPU, and what to change if it does not fit")
+    told = "with --plan: for this GPU, and what to change if it does not fit"
+    parser.flag("--gpu", choices=(*GPU_NAMES, *MORE_GPUS), help=told)
     parser.flag("--mfu", type=float, metavar="F", help="with --plan: share of the GPU's peak in use (default 0.4)")
     parser.flag("--json", type=Path, metavar="FILE", help="with --plan: write it there too")
     parser.flag(
