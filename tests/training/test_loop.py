@@ -280,3 +280,10 @@ def test_previews_are_made_in_the_precision_of_the_run(tmp_path: Path) -> None:
     trainer.task.modules["unet"].conv_in.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
     trainer.preview(tmp_path / "preview")
     assert seen == {torch.bfloat16} and list((tmp_path / "preview").glob("*.mp4"))
+
+
+def test_a_run_says_what_is_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(tmp_path, "training.max_train_steps=2"))
+    assert "\n16 training clips, 2 a step: an epoch is 8 steps\n" in "\n" + capsys.readouterr().err.replace("\r", "\n")
+    train(tiny(tmp_path, "training.max_train_steps=3"), resume="latest")
+    assert "an epoch is 8 steps; step 2 was in epoch 0.25\n" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def write(run_dir: Path, first: int, last: int, *, loss: float = 1.0) -> None:
     log = RunLog(run_dir, first_step=first, num_steps=20)
     for step in range(first + 1, last + 1):
         log.write(step, {"loss": loss / step, "lr": 1e-4})
-        log.advance(loss / step, num_steps=20)
+        log.advance(loss / step, 1e-4, num_steps=20)
     log.close()
 
 
@@ -76,12 +76,12 @@ def test_a_whole_line_without_its_line_end_is_kept(tmp_path: Path) -> None:
 
 def test_the_bar_shows_loss_progress_and_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, first_step=3, num_steps=20)
-    log.advance(0.25, num_steps=12)
+    log.advance(0.25, 2e-4, num_steps=12)
     log.say("half way there")
     log.close()
     shown = capsys.readouterr().err
     assert "half way there\n" in shown
-    assert "4/12" in shown and "loss=0.2500" in shown
+    assert "4/12" in shown and "loss=0.2500, lr=2.0e-04" in shown
 
 
 def test_tensorboard_shows_the_sheet_of_a_preview(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class Loop:
         first = self.trainer.step
         self.log = log = RunLog(self.run_dir, first_step=first, num_steps=most) if dist.is_main() else NoLog()
         self.trainer.say = log.say
+        log.say(self._outset())
         self.trainer.clock.start()
         stream = self.trainer.train_batches()
         for module in self.trainer.trained.values():
@@ -109,7 +110,7 @@ class Loop:
                 values = self.trainer.train_step(batches)
             window.add(values, batches, waited=waited, seconds=time.perf_counter() - began)
             self.rehearsal.save(stop)
-            log.advance(values["loss"], num_steps=self._expected())
+            log.advance(values["loss"], values["lr"], num_steps=self._expected())
             last = self.trainer.ended()
             held_out = self._look(last)
             if self.trainer.step % settings.log_steps == 0 or last or self.trainer.step == 1 or held_out:
@@ -119,6 +120,12 @@ class Loop:
             if self.trainer.step % settings.checkpointing_steps == 0 or last:
                 self.trainer.save()
         return last
+
+    def _outset(self) -> str:
+        """What is ahead, in a line."""
+        step, clips, per_step = self.trainer.step, len(self.trainer.clips), self.trainer.clips.batch_size
+        told = f"{clips} training clips, {per_step} a step: an epoch is {clips / per_step:.4g} steps"
+        return f"{told}; step {step} was in epoch {step * per_step / clips:.2f}" if step else told
 
     def _expected(self) -> int:
         """How many steps the run will have."""

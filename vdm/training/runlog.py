@@ -59,10 +59,10 @@ class RunLog:
         except OSError as error:
             self.say(f"warning: the preview of step {step} is not in TensorBoard: {error}")
 
-    def advance(self, loss: float, *, num_steps: int) -> None:
+    def advance(self, loss: float, rate: float, *, num_steps: int) -> None:
         """One step done, of so many as it looks now."""
         self._bar.total = num_steps
-        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
         self._bar.update()
 
     def say(self, message: str) -> None:
@@ -94,7 +94,7 @@ class NoLog:
 
     def show(self, step: int, folder: Path) -> None: ...
 
-    def advance(self, loss: float, *, num_steps: int) -> None: ...
+    def advance(self, loss: float, rate: float, *, num_steps: int) -> None: ...
 
     def say(self, message: str) -> None: ...
 
