@@ -321,6 +321,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "sampling.eta": (frames, "1"),
     "sampling.guidance_scale": (frames, "5"),
     "sampling.guidance_rescale": (frames, "0.7"),
+    "sampling.pag_scale": (frames, "2"),
+    "sampling.pag_layers": (frames, "all", "sampling.pag_scale=2"),
     "sampling.negative_prompt": (frames, "a blue box"),
 }
 VIEWS: list[View] = [unet, vae, text, learns, schedule, sampler, clips, stream, optimizer, rates, loss, step, run]

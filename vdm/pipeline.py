@@ -27,6 +27,7 @@ from vdm.diffusion import (
 from vdm.errors import UserError
 from vdm.interop import open_model
 from vdm.interop.lora import merge_lora
+from vdm.models.perturbed import perturbed
 from vdm.replay import Replayed
 from vdm.side_by_side import side_by_side
 
@@ -271,8 +272,11 @@ class TextToVideo:
     ) -> Tensor:
         scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
         replays = options.cuda_graph and self.device.type == "cuda" and dist.size() == 1
-        unet = Replayed(self.unet, self.device) if replays else side_by_side(self.unet)
-        denoise = guided(unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once)
+        unet, again = (Replayed(self.unet, self.device) if replays else side_by_side(self.unet) for _ in range(2))
+        denoise = guided(
+            unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once,
+            perturbed=perturbed(self.unet, again, layers=options.pag_layers), pag_scale=options.pag_scale,
+        )  # fmt: skip
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "callback": callback, "skip": skip}
         if options.sampler == "dpmpp":

@@ -96,3 +96,32 @@ def test_rescale_of_a_constant_prediction_is_finite() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 9.0])
 def test_low_precision_network_gives_float32(scale: Any) -> None:
     assert guided(Network(torch.bfloat16), COND, UNCOND, scale=scale)(X, TIMES).dtype == torch.float32
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([0.0, 1.0, 5.0]), st.sampled_from([0.0, 0.7]), st.floats(0.1, 4.0))
+def test_what_a_perturbed_network_lacks_is_added(scale: float, rescale: float, pag_scale: float) -> None:
+    worse, used = Network(), Network()
+
+    def blurred(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        used.contexts.append(context)
+        return 0.5 * worse(x, t, context)
+
+    chosen: dict[str, Any] = {"scale": scale, "rescale": rescale, "perturbed": blurred, "pag_scale": pag_scale}
+    output = guided(Network(), COND, UNCOND, **chosen)(X, TIMES)
+    own = UNCOND if scale == 0 else COND
+    uncond, cond = Network()(X, TIMES, UNCOND), Network()(X, TIMES, own)
+    wanted = cond if scale in (0.0, 1.0) else uncond + scale * (cond - uncond)
+    wanted = wanted + pag_scale * (cond - 0.5 * cond)
+    if rescale:
+        wanted = rescale_guidance(wanted, cond, rescale=rescale)
+    torch.testing.assert_close(output, wanted)
+    assert len(used.contexts) == 1 and torch.equal(used.contexts[0], own), "one more call, with one text"
+
+
+def test_without_a_scale_no_perturbed_network_is_asked() -> None:
+    def never(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        raise AssertionError
+
+    plain = guided(Network(), COND, UNCOND, scale=5.0)(X, TIMES)
+    assert torch.equal(guided(Network(), COND, UNCOND, scale=5.0, perturbed=never)(X, TIMES), plain)

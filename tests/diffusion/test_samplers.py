@@ -303,7 +303,7 @@ def test_bad_arguments_of_the_samplers() -> None:
     "field, value",
     [("num_frames", 0), ("height", -8), ("width", 0), ("num_inference_steps", 0), ("sampling_fps", 0.0)]
     + [("sampling_fps", math.inf), ("sampler", "euler"), ("eta", 1.5), ("guidance_scale", math.nan)]
-    + [("guidance_rescale", -0.5)],
+    + [("guidance_rescale", -0.5), ("pag_scale", -1.0), ("pag_scale", math.inf), ("pag_layers", "some")],
 )
 def test_bad_sampling_fields_are_named(field: str, value: Any) -> None:
     assert SamplingConfig().sampler == "ddim"

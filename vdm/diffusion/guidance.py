@@ -1,4 +1,5 @@
-"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), as a closure around the network."""
+"""Guidance, as a closure around the network: away from a prediction without the text (Ho and Salimans 2022,
+arXiv 2207.12598), and away from one of a network that sees less (Ahn et al. 2024, arXiv 2403.17377)."""
 
 from __future__ import annotations
 
@@ -9,38 +10,45 @@ from torch import Tensor
 
 from vdm.errors import UserError
 
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def guided(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    unet: Network,
     context_cond: Tensor,
     context_uncond: Tensor | None,
     *,
     scale: float,
     rescale: float = 0.0,
     at_once: bool = True,
+    perturbed: Network | None = None,
+    pag_scale: float = 0.0,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Bind the text, and return denoise(x (B, ...), t (B,)) -> prediction (B, ...) float32.
 
     The prediction is uncond + scale * (cond - uncond), from one call of unet with the contexts (B, L, D) stacked as
     [uncond; cond] (2B, L, D), for which it returns (2B, ...) in that order; or, not `at_once`, from two calls, in less
     memory. Scale 1 is the conditional and scale 0 the unconditional prediction: these take one context, and `rescale`
-    does not apply. A negative prompt is a context_uncond. Raises UserError if a scale other than 1 has none.
+    does not apply. A negative prompt is a context_uncond.
+
+    pag_scale adds so many times what cond has and the prediction of the `perturbed` network has not, before `rescale`;
+    that is one more call. Raises UserError if a scale other than 1 has no context_uncond.
     """
-    if scale == 1.0:
-        return lambda x, t: unet(x, t, context_cond).float()
-    if context_uncond is None:
+    if context_uncond is None and scale != 1.0:
         raise UserError(f"guidance_scale {scale} needs the context of an empty or negative prompt; use 1 to do without")
-    if scale == 0.0:
-        return lambda x, t: unet(x, t, context_uncond).float()
-    contexts = torch.cat([context_uncond, context_cond])  # (2B,L,D)
+    own = context_uncond if scale == 0.0 and context_uncond is not None else context_cond
+    contexts = None if scale in (0.0, 1.0) or context_uncond is None else torch.cat([context_uncond, context_cond])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        if at_once:
-            uncond, cond = unet(x, t, contexts).float().chunk(2)
+        if contexts is None:
+            output = cond = unet(x, t, own).float()
         else:
-            uncond, cond = (unet(x, t, context).float() for context in contexts.chunk(2))
-        output = uncond + scale * (cond - uncond)
-        return rescale_guidance(output, cond, rescale=rescale) if rescale else output
+            both = unet(x, t, contexts).chunk(2) if at_once else [unet(x, t, one) for one in contexts.chunk(2)]
+            uncond, cond = (one.float() for one in both)
+            output = uncond + scale * (cond - uncond)
+        if perturbed is not None and pag_scale:
+            output = output + pag_scale * (cond - perturbed(x, t, own).float())
+        return rescale_guidance(output, cond, rescale=rescale) if rescale and output is not cond else output
 
     return denoise
 

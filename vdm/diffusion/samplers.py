@@ -22,6 +22,7 @@ Callback = Callable[[int, int, Tensor], None]  # (index of the step, its t, x af
 class SamplingConfig:
     """How previews and `sample.py` make clips unless told otherwise; sizes in pixels, eta for the ddim sampler only.
 
+    pag_scale: perturbed-attention guidance (0 is none), which takes half as much time again; pag_layers: where.
     guidance_at_once: the guided and the unguided prediction are one batch; apart they take half the memory.
     vae_tile: decode in blended squares of so many latents, for frames too large for memory; null decodes whole frames.
     cuda_graph: on one GPU, record the UNet's kernels once and replay them at each step; elsewhere it changes nothing.
@@ -36,6 +37,8 @@ class SamplingConfig:
     eta: float = 0.0
     guidance_scale: float = 9.0
     guidance_rescale: float = 0.0
+    pag_scale: float = 0.0
+    pag_layers: Literal["middle", "all"] = "middle"
     negative_prompt: str = ""
     guidance_at_once: bool = True
     vae_tile: int | None = None
@@ -54,6 +57,10 @@ class SamplingConfig:
         _check_eta(self.eta)
         if not math.isfinite(self.guidance_scale):
             raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number, such as 9")
+        if not 0.0 <= self.pag_scale < math.inf:
+            raise UserError(f"pag_scale is {self.pag_scale}; it must be 0 (off) or more, such as 0.5")
+        if self.pag_layers not in ("middle", "all"):
+            raise UserError(f"pag_layers is {self.pag_layers!r}; it must be middle or all")
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must lie in 0 to 1, and 0 turns it off")
 
