@@ -26,7 +26,7 @@ from benchmarks.common import environment, row_of, write_json
 from vdm.checkpoint import CONFIG, MANIFEST, verify
 from vdm.cli import Parser, run
 from vdm.components import SHIPPED
-from vdm.config import load
+from vdm.config import load, override
 from vdm.data.captions import caption
 from vdm.data.casting import compose
 from vdm.data.dataset import VALIDATION_OFFSET
@@ -35,7 +35,7 @@ from vdm.data.phrasing import num_forms, rephrased
 from vdm.data.settings import DataConfig
 from vdm.data.video import to_float, to_uint8, to_video
 from vdm.errors import UserError
-from vdm.generate import pick_device
+from vdm.generate import pick_device, require_of_sampling
 from vdm.metrics.action_scores import mark, read_prompt, score
 from vdm.metrics.actions import RULES_VERSION, Verdict, judge
 from vdm.metrics.motion import measure_flows, warping_error
@@ -187,6 +187,8 @@ def _print(record: dict[str, Any]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="benchmarks/demo.py", description="Does the model do what the prompt says?")
+    told = "what has no flag, such as sampling.pag_scale=0.5"
+    parser.add_argument("overrides", nargs="*", metavar="sampling.key=value", help=told)
     parser.flag("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder; the shipped demo model by default")
     parser.flag("--clips_per_action", type=int, default=10, metavar="N", help="of each of the 16 actions (default 10)")
     parser.flag("--steps", "--num_inference_steps", type=int, default=50, metavar="N", help="of denoising (default 50)")
@@ -203,10 +205,11 @@ def _parser() -> Parser:
 
 
 def demo_command(arguments: Sequence[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     for name, least in (("clips_per_action", 1), ("gauge", 16), ("seed", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    require_of_sampling(options.overrides)
     device, folder, data = pick_device(options.device), options.checkpoint or SHIPPED, DataConfig(height=64, width=64)
     record: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
     if not options.real or options.checkpoint is not None:
@@ -221,7 +224,9 @@ def demo_command(arguments: Sequence[str]) -> None:
     elif options.real:
         record["scores"] = judge_real(options.clips_per_action, seed=options.seed, data=data)
     elif options.gauge is None:
-        record["scores"] = judge_generated(TextToVideo.from_pretrained(folder).to(device), options)
+        pipe = TextToVideo.from_pretrained(folder).to(device)
+        pipe.config = override(pipe.config, options.overrides)
+        record["scores"] = judge_generated(pipe, options)
     else:
         record["gauge"] = gauge(TextToVideo.from_pretrained(folder).to(device), options.gauge)
     _print(record)

@@ -84,11 +84,7 @@ def generate(request: Request) -> list[Path]:
             raise UserError(f"--{name} must be at least 1, got {getattr(request, name)}")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
-    if others := [one for one in request.overrides if not one.strip().startswith("sampling.")]:
-        raise UserError(
-            f"{others[0]!r} is no setting of sampling; write what is one as sampling.key=value, and a prompt, in "
-            "quotes, after --prompt"
-        )
+    require_of_sampling(request.overrides)
     _require_writable(request.output_dir)
     pipe = TextToVideo.from_pretrained(request.checkpoint)
     pipe.config = override(pipe.config, request.overrides)
@@ -231,6 +227,15 @@ def _record(pipe: TextToVideo, request: Request, shape: tuple[int, ...], fps: fl
 def slug(prompt: str) -> str:
     """The prompt as part of a file name: lower case, words joined by hyphens, at most 60 characters."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "clip"
+
+
+def require_of_sampling(overrides: Sequence[str]) -> None:
+    """Raises UserError where one is of another section, or none."""
+    if others := [one for one in overrides if not one.strip().startswith("sampling.")]:
+        raise UserError(
+            f"{others[0]!r} is no setting of sampling; write what is one as sampling.key=value, and a prompt, in "
+            "quotes, after --prompt"
+        )
 
 
 def pick_device(name: str | None) -> torch.device:

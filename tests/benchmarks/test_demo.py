@@ -124,7 +124,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_is_judged(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "numbers.json"
     common = ["--checkpoint", str(checkpoint), "--device", "cpu", "--json", str(file)]
-    demo.demo_command([*common, "--clips-per-action", "1", "--steps", "1"])
+    demo.demo_command([*common, "--clips-per-action", "1", "--steps", "1", "sampling.sampler=ddpm"])
     record = json.loads(file.read_text())
     assert record["scores"]["direction"]["clips"] == 11 and record["scores"]["action"]["clips"] == 16
     assert len(record["manifest_sha256"]) == 64 and set(record["environment"]) >= {
@@ -134,6 +134,7 @@ def test_a_checkpoint_is_judged(checkpoint: Path, tmp_path: Path, capsys: pytest
         "command",
     }
     assert "direction" in capsys.readouterr().out
+    assert record["settings"]["overrides"] == ["sampling.sampler=ddpm"]
 
 
 def test_the_gauge_is_zero_for_a_model_that_ignores_text(
@@ -161,6 +162,8 @@ def test_the_gauge_is_zero_for_a_model_that_ignores_text(
         ["--gauge", "3"],
         ["--seed", "-1"],
         ["--checkpoint", "nowhere"],
+        ["training.batch_size=3"],
+        ["sampling.pag_scale=-1"],
     ],
 )
 def test_bad_input_is_refused(arguments: list[str]) -> None:
