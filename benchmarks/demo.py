@@ -204,12 +204,22 @@ def _parser() -> Parser:
     return parser
 
 
+def _require_useful(options: argparse.Namespace) -> None:
+    """Of the overrides, that they change something."""
+    require_of_sampling(options.overrides)
+    if options.overrides and (options.real or options.reconstructed or options.gauge is not None):
+        raise UserError(f"{options.overrides[0]!r} is of sampling, and nothing is sampled here; leave it out")
+    for one in options.overrides:
+        if one.strip().startswith(("sampling.num_inference_steps", "sampling.num_frames")):
+            raise UserError(f"{one!r} changes nothing here: give --steps, and clips are as long as those of training")
+
+
 def demo_command(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
     for name, least in (("clips_per_action", 1), ("gauge", 16), ("seed", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    require_of_sampling(options.overrides)
+    _require_useful(options)
     device, folder, data = pick_device(options.device), options.checkpoint or SHIPPED, DataConfig(height=64, width=64)
     record: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
     if not options.real or options.checkpoint is not None:

@@ -65,7 +65,7 @@ def allocated(config: Config, run_dir: Path) -> dict[str, int]:
             with record_function("validation"):
                 trainer.validate()
             with record_function("preview"):
-                trainer.task.preview(run_dir / "preview", next(trainer.held_out_batches(8)))
+                trainer.preview(run_dir / "preview")
     return {phase: _peak(profiler, phase) for phase in ("training step", "validation", "preview")}
 
 

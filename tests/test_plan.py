@@ -23,6 +23,7 @@ from vdm.plan import CONTEXT_BYTES, GIB, GPU, GPUS, Disk, Plan, Work, cache_byte
 from vdm.plan_table import table
 from vdm.precompute import write_cache
 from vdm.training.loop import train
+from vdm.training.throughput import peak_tflops
 
 TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"
 # An image model of one level: imagined in two seconds.
@@ -130,7 +131,10 @@ def test_time_is_work_over_speed() -> None:
 
 def test_every_gpu_that_can_be_named_is_known() -> None:
     assert tuple(GPUS) == (*GPU_NAMES, *MORE_GPUS)
-    assert all(gpu.half > gpu.full > gpu.gib / 10 for gpu in GPUS.values())
+    as_devices = {"A6000": "NVIDIA RTX A6000", "L40S": "NVIDIA L40S", "A100-40": "NVIDIA A100-SXM4-40GB"}
+    for name, gpu in GPUS.items():
+        device = as_devices.get(name, f"NVIDIA GeForce RTX {name}" if name.isdigit() else f"NVIDIA {name} 80GB HBM3")
+        assert gpu.half == peak_tflops(device, mixed_precision="bf16"), device
 
 
 def test_the_table_says_what_would_make_it_fit() -> None:

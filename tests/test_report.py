@@ -200,7 +200,7 @@ def test_a_run_that_hours_end_is_judged_by_the_steps_it_had(tmp_path: Path) -> N
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2000, "loss": 1.0, "temporal_gain": 0.0, "temporal_gain_error": 0.1}) + "\n")
     assert "step 2000 of 100000 at most or 1.5 hours" in page_of(folder).text
-    assert len(warnings(read_run(folder))) == 1
+    assert warnings(read_run(folder)) == [], "it may be in its first tenth"
     (folder / "final").mkdir()
     (folder / "final" / "manifest.json").write_text("{}")
     assert len(warnings(read_run(folder))) == 1

@@ -23,7 +23,7 @@ from vdm.weights import Weights, fill
 SHIPPED = Path(__file__).parent / "assets" / "demo"
 SECTIONS = {"unet": "model", "vae": "vae", "text": "text"}  # of a config, by part
 # What the shapes of weights do not tell, and the weights are no good without.
-UNSEEN = ("attention_head_dim", "norm_num_groups", "vae_norm_num_groups", "text_heads")
+UNSEEN = ("attention_head_dim", "norm_num_groups", "vae_norm_num_groups", "text_heads", "pad_token_id")
 NOISE = (
     "num_train_timesteps",
     "beta_schedule",
@@ -124,6 +124,7 @@ def load_part(module: nn.Module, path: Path, part: str) -> None:
     would be of another network.
     """
     stored = open_model(path)
+    stored.open(part)  # what is not there at all is said first
     _require_same(module, stored, part, keys=UNSEEN)
     fill_part(module, stored, part)
 

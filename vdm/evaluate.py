@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vdm import __version__, dist
 from vdm.errors import CannotWrite, UserError
-from vdm.evaluation import classified, clips, judging, verdicts
+from vdm.evaluation import classified, clips, judging, networks, verdicts
 from vdm.evaluation.altered import ALTERATIONS, NOISE, SEED, as_it_is
 from vdm.evaluation.catalogue import Metric, chosen
 from vdm.evaluation.clips import Clip, Shape
@@ -62,8 +62,11 @@ def evaluate(request: Request) -> list[Record]:
     listed = Listed(generated, reference, shape, notes)
     _require_writable(request.output_dir)
     with dist.together():
-        opened, missing = _opened(metrics, request.weights_dir, shape, request.options)
-        ours, theirs = _extracted(listed, opened, request.output_dir / "cache")
+        opened, missing = _opened(metrics, request.weights_dir, shape, request.options, useless=_useless(listed))
+        try:
+            ours, theirs = _extracted(listed, opened, request.output_dir / "cache")
+        finally:
+            networks.release()
         _require_clips(ours, theirs, shape)
     if not dist.is_main():  # what is left is for one, and may take longer than processes wait for each other
         return []
@@ -82,15 +85,22 @@ def _require_writable(folder: Path) -> None:
         probe.unlink()
 
 
+def _useless(listed: Listed) -> dict[str, str]:
+    """Extractors that would tell nothing of any clip, and why."""
+    if (classified.labels_of(listed.generated, listed.reference) >= 0).any():
+        return {}
+    return {"ssv2": "no prompt fills a template of Something-Something"}
+
+
 def _opened(
-    metrics: Sequence[Metric], weights_dir: Path, shape: Shape, options: Options
+    metrics: Sequence[Metric], weights_dir: Path, shape: Shape, options: Options, *, useless: Mapping[str, str]
 ) -> tuple[dict[str, Opened], dict[str, str]]:
     """The extractors that the metrics read, opened, and for the others what they lack."""
     there = extractors(options)
     opened, missing = {}, {}
     for name in dict.fromkeys([THUMBNAIL, *(metric.extractor for metric in metrics)]):
         extractor = there[name]
-        if lack := extractor.missing(weights_dir, shape):
+        if lack := extractor.missing(weights_dir, shape) or useless.get(name, ""):
             missing[name] = lack
         else:
             opened[name] = extractor.open(extractor.find(weights_dir), dist.device(), shape)

@@ -222,7 +222,8 @@ class _Rehearsed:
                 phases["validation"] = self.ledger.peak
                 self.ledger.watch()
             batch = next(trainer.held_out_batches(batch_size=8))
-            trainer.task.measured(trainer.task.shown(batch)[0], batch)
+            with trainer.autocast():
+                trainer.task.measured(trainer.task.shown(batch)[0], batch)
             phases["preview"] = self.ledger.peak
         return phases
 

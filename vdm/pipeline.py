@@ -270,11 +270,11 @@ class TextToVideo:
         callback: Callable[[int, int, Tensor], None] | None,
         skip: int,
     ) -> Tensor:
-        scale, rescale = (1.0, 0.0) if uncond is None else (options.guidance_scale, options.guidance_rescale)
+        scale = 1.0 if uncond is None else options.guidance_scale
         replays = options.cuda_graph and self.device.type == "cuda" and dist.size() == 1
         unet, again = (Replayed(self.unet, self.device) if replays else side_by_side(self.unet) for _ in range(2))
         denoise = guided(
-            unet, cond, uncond, scale=scale, rescale=rescale, at_once=options.guidance_at_once,
+            unet, cond, uncond, scale=scale, rescale=options.guidance_rescale, at_once=options.guidance_at_once,
             perturbed=perturbed(self.unet, again, layers=options.pag_layers), pag_scale=options.pag_scale,
         )  # fmt: skip
         steps = options.num_inference_steps

@@ -130,11 +130,8 @@ def warnings(run: Run) -> list[str]:
 
 
 def _num_steps(run: Run, training: TrainingConfig) -> int:
-    """How many steps a run has, as far as its folder tells; 0 where epochs or hours will end it."""
-    if run.status == "finished":
-        return int(run.records[-1]["step"]) if run.records else 0
-    sooner = training.max_train_epochs is not None or training.max_train_hours is not None
-    return 0 if sooner else training.max_train_steps
+    """How many steps a run has, or may have at most."""
+    return int(run.records[-1]["step"]) if run.status == "finished" and run.records else training.max_train_steps
 
 
 # ---- curves

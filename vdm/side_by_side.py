@@ -45,6 +45,7 @@ def side_by_side(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 parts = pool.map(lambda *some: _without_gradients(call, *some), *each)
             except RuntimeError:  # no thread could be started, and those that were must not wait for it
                 ready.abort()
+                torch.set_num_threads(threads)
                 raise
             ready.wait()
             torch.set_num_threads(threads)  # which threads that come later begin with, for the last to set it counts

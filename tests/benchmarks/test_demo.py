@@ -164,6 +164,8 @@ def test_the_gauge_is_zero_for_a_model_that_ignores_text(
         ["--checkpoint", "nowhere"],
         ["training.batch_size=3"],
         ["sampling.pag_scale=-1"],
+        ["sampling.num_inference_steps=3"],
+        ["--real", "sampling.eta=1"],
     ],
 )
 def test_bad_input_is_refused(arguments: list[str]) -> None:

@@ -55,7 +55,7 @@ def test_what_a_prompt_asks_for() -> None:
         clip("Pushing a red ball from left to right."),
         clip("a dog on the beach"),
     ]
-    asked = labels_of(side(prompts, [(HOLD,)] * 4), reference)
+    asked = labels_of(prompts, reference.clips)
     assert asked.tolist() == [label(RIGHT), label(HOLD), label(RIGHT), -1]
 
 
@@ -145,11 +145,11 @@ def test_one_network_serves_two_extractors(monkeypatch: pytest.MonkeyPatch) -> N
 
     loads = []
     monkeypatch.setattr(networks, "load_videomae", lambda path, device: loads.append(path) or Net())
-    networks._videomae.cache_clear()
+    networks.release()
     shape = Shape(16, 8.0, 32, 32)
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 32, 3), dtype=np.uint8)
     opened = [one(Path("x"), torch.device("cpu"), shape) for one in (networks.open_ssv2, networks.open_videomae)]
-    networks._videomae.cache_clear()
+    networks.release()
     assert [one.rows(frames, ["a", "b"]).shape for one in opened] == [(2, 174), (2, 1408)] and len(loads) == 1
     assert [one.protocol["layer"] for one in opened] == ["logits174", "fc_norm1408"]
     assert {METRICS[name].extractor for name in METRICS if name.startswith("ssv2_")} == {"ssv2"}

@@ -284,6 +284,21 @@ def test_previews_are_made_in_the_precision_of_the_run(tmp_path: Path) -> None:
 
 def test_a_run_says_what_is_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny(tmp_path, "training.max_train_steps=2"))
-    assert "\n16 training clips, 2 a step: an epoch is 8 steps\n" in "\n" + capsys.readouterr().err.replace("\r", "\n")
+    assert "16 training clips, 2 a step: an epoch is 8.0 steps\n" in capsys.readouterr().err
     train(tiny(tmp_path, "training.max_train_steps=3"), resume="latest")
-    assert "an epoch is 8 steps; step 2 was in epoch 0.25\n" in capsys.readouterr().err
+    assert "an epoch is 8.0 steps; step 2 was in epoch 0.25\n" in capsys.readouterr().err
+
+
+def test_other_parts_start_from_a_model_too_and_what_is_not_there_is_said(tmp_path: Path) -> None:
+    text, vae = (
+        train(tiny(tmp_path / task, f"training.task={task}", "training.max_train_steps=1")) for task in ("text", "vae")
+    )
+    start = ("training.max_train_steps=1", "training.learning_rate=1e-12")
+    again = train(tiny(tmp_path / "again", "training.task=text", f"training.init_from={text}", *start))
+    for name, tensor in load_weights(again, "text").items():
+        torch.testing.assert_close(tensor, load_weights(text, "text")[name], rtol=0.0, atol=1e-6)
+    with pytest.raises(UserError, match="vae.vae_norm_num_groups is 2, but .* was trained with 4"):
+        more = ("training.task=vae", "vae.vae_norm_num_groups=2")
+        train(tiny(tmp_path / "groups", *more, f"training.init_from={vae}", *start))
+    with pytest.raises(UserError, match="holds no weights of unet"):
+        train(tiny(tmp_path / "none", f"training.init_from={vae}", "model.norm_num_groups=2", *start))

@@ -28,8 +28,8 @@ def guided(
 
     The prediction is uncond + scale * (cond - uncond), from one call of unet with the contexts (B, L, D) stacked as
     [uncond; cond] (2B, L, D), for which it returns (2B, ...) in that order; or, not `at_once`, from two calls, in less
-    memory. Scale 1 is the conditional and scale 0 the unconditional prediction: these take one context, and `rescale`
-    does not apply. A negative prompt is a context_uncond.
+    memory. Scale 1 is the conditional and scale 0 the unconditional prediction: these take one context, and need no
+    `rescale`. A negative prompt is a context_uncond.
 
     pag_scale adds so many times what cond has and the prediction of the `perturbed` network has not, before `rescale`;
     that is one more call. Raises UserError if a scale other than 1 has no context_uncond.

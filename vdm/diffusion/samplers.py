@@ -22,7 +22,7 @@ Callback = Callable[[int, int, Tensor], None]  # (index of the step, its t, x af
 class SamplingConfig:
     """How previews and `sample.py` make clips unless told otherwise; sizes in pixels, eta for the ddim sampler only.
 
-    pag_scale: perturbed-attention guidance (0 is none), which takes half as much time again; pag_layers: where.
+    pag_scale: perturbed-attention guidance (0 is none), which makes one more prediction a step; pag_layers: where.
     guidance_at_once: the guided and the unguided prediction are one batch; apart they take half the memory.
     vae_tile: decode in blended squares of so many latents, for frames too large for memory; null decodes whole frames.
     cuda_graph: on one GPU, record the UNet's kernels once and replay them at each step; elsewhere it changes nothing.

@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 
+from vdm.evaluation.clips import Clip
 from vdm.evaluation.extract import Side
 from vdm.evaluation.matching import template_of
 from vdm.evaluation.measures import PerClip, Values
@@ -30,11 +31,11 @@ def accuracy(*, at: int) -> PerClip:
     """
 
     def values(side: Side, reference: Side) -> Values:
-        labels = labels_of(side, reference)
+        labels = labels_of(side.clips, reference.clips)
         return np.where(labels < 0, np.nan, _hits(side, at=at)[np.arange(len(labels)), labels])
 
     def with_others(side: Side, reference: Side) -> Values:
-        labels = labels_of(side, reference)
+        labels = labels_of(side.clips, reference.clips)
         return _hits(side, at=at)[:, labels[labels >= 0]].mean(1)
 
     return PerClip(values, share=True, chance=with_others)
@@ -50,7 +51,7 @@ def pair_accuracy() -> PerClip:
                 np.mean([_before(row[label], row[other]) for other in partners(int(label))])
                 if label >= 0 and partners(int(label))
                 else np.nan
-                for label, row in zip(labels_of(side, reference), side.rows, strict=True)
+                for label, row in zip(labels_of(side.clips, reference.clips), side.rows, strict=True)
             ]
         )
 
@@ -79,16 +80,19 @@ def _hits(side: Side, *, at: int) -> np.ndarray:
     return hits
 
 
-def labels_of(side: Side, reference: Side) -> np.ndarray:
+def labels_of(clips: Sequence[Clip], reference: Sequence[Clip]) -> np.ndarray:
     """(N,) the label that each clip's prompt asks for, -1 where it is none of them."""
-    known = {clip.prompt: clip.template for clip in reference.clips if clip.template}
-    templates = (clip.template or known.get(clip.prompt) or template_of(clip.prompt) for clip in side.clips)
+    known = {clip.prompt: clip.template for clip in reference if clip.template}
+    templates = (clip.template or known.get(clip.prompt) or template_of(clip.prompt) for clip in clips)
     return np.array([LABELS.get(normalised(template), -1) for template in templates], dtype=np.int64)
 
 
 def confusion(side: Side, reference: Side) -> tuple[Sequence[str], Sequence[str], np.ndarray]:
     """The templates asked for (rows), those seen (columns), and how often: (R,C); none that did not occur."""
-    labels, seen = labels_of(side, reference), side.rows.argmax(1) if len(side.clips) else np.empty(0, np.int64)
+    labels, seen = (
+        labels_of(side.clips, reference.clips),
+        side.rows.argmax(1) if len(side.clips) else np.empty(0, np.int64),
+    )
     rows, columns = (sorted(set(some[labels >= 0].tolist())) for some in (labels, seen))
     counts = np.zeros((len(rows), len(columns)), dtype=np.int64)
     for asked, found in zip(labels, seen, strict=True):

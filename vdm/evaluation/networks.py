@@ -143,6 +143,11 @@ def open_ssv2(path: Path | None, device: torch.device, shape: Shape) -> Opened:
     return Opened(each(lambda clip, prompt: net.logits(clip)[0]), protocol, net.sha256)
 
 
+def release() -> None:
+    """Let go of the network that extractors share."""
+    _videomae.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _videomae(path: Path, device: str) -> VideoMaeFeatures:
     """Two extractors share it, for it takes 4 GB."""

@@ -175,8 +175,8 @@ def _memorised(content: Content) -> str:
         f"<p>{copies} of {len(ours)} generated clips are nearer to a reference clip than {bound:.1f} grey levels, half "
         "of what nine in ten reference clips are away from all others, or are the same file. The nearest is "
         f"{min(near):.1f} away, the median {np.median(near):.1f}; between reference clips these are {min(apart):.1f} "
-        f"and {np.median(apart):.1f} (root mean square of small pictures). Only these {len(theirs)} were looked at, of "
-        f"a larger data set {MOST_REFERENCE} drawn by lot; a copy of another clip is not seen.</p>\n"
+        f"and {np.median(apart):.1f} (root mean square of small pictures). Only these {len(theirs)} were looked at "
+        f"(at most {MOST_REFERENCE}, drawn by lot): a copy of another clip is not seen.</p>\n"
     )
 
 

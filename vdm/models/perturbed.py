@@ -18,7 +18,7 @@ def perturbed(unet: UNet3D, call: Callable[..., Tensor], *, layers: PerturbedLay
     """What `call` computes by way of `unet` when self-attention within frames is the identity map there: each position
     attends to itself alone and so takes its own values (Ahn et al. 2024, arXiv 2403.17377).
 
-    `layers`: in the middle block, as that paper has it, or at every level.
+    `layers`: in the middle block, as that paper has it, or at every level. Meanwhile nothing else may use `unet`.
     """
     root = unet.middle if layers == "middle" else unet
     transformers = [module for module in root.modules() if isinstance(module, SpatialTransformer)]

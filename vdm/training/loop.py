@@ -124,7 +124,7 @@ class Loop:
     def _outset(self) -> str:
         """What is ahead, in a line."""
         step, clips, per_step = self.trainer.step, len(self.trainer.clips), self.trainer.clips.batch_size
-        told = f"{clips} training clips, {per_step} a step: an epoch is {clips / per_step:.4g} steps"
+        told = f"{clips} training clips, {per_step} a step: an epoch is {clips / per_step:.1f} steps"
         return f"{told}; step {step} was in epoch {step * per_step / clips:.2f}" if step else told
 
     def _expected(self) -> int:

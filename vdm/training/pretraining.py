@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdm.components import build_text_encoder, build_vae
+from vdm.components import build_text_encoder, build_vae, load_part
 from vdm.data.loader import Batch
 from vdm.errors import UserError
 from vdm.models.video_tower import ContrastiveHead
@@ -36,6 +37,10 @@ class TextTask(LatentTask):
 
     def trained(self) -> dict[str, nn.Module]:
         return {"text": self.text_encoder, "contrast": self.head}
+
+    def start_from(self, path: Path) -> None:
+        """Fill the text tower; what it is held against is no part of a model, and begins anew."""
+        load_part(self.text_encoder, path, "text")
 
     def losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
         """Cross-entropy both ways; clips of one caption share it, and `retrieval` counts any of them as right."""

@@ -210,8 +210,16 @@ class UNetTask(LatentTask):
     def start_from(self, path: Path) -> None:
         super().start_from(path)
         if dist.is_main():
-            for key, (ours, theirs) in other_noise(self.config, open_model(path)).items():
-                print(f"warning: {key} is {ours!r}, and {path} was trained with {theirs!r}", file=sys.stderr)
+            stored = open_model(path)
+            differ = other_noise(self.config, stored)
+            if stored.path.is_file():  # which does not say
+                differ.pop("diffusion.prediction_type", None)
+            scales = self.config.vae.scaling_factor, stored.config.vae.scaling_factor
+            if "vae" in stored.parts and scales[0] != scales[1]:
+                differ["vae.scaling_factor"] = scales
+            for key, values in differ.items():
+                ours, theirs = (repr(value)[:60] for value in values)
+                print(f"warning: {key} is {ours}, and {path} was trained with {theirs}", file=sys.stderr)
 
     def trained(self) -> dict[str, nn.Module]:
         names = ("unet",) if reads_text(self.config) else ("unet", "text")

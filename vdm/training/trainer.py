@@ -62,8 +62,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.settings.mixed_precision == "fp16")
         self.ema = EMA(self.trained, decay=self.settings.ema_decay, offload=self.settings.ema_offload)
         record = run_dir / "bad_clips.jsonl"
-        clips_per_step = self.clips.batch_size
-        self.limits = Limits.of(self.settings, num_clips=len(self.clips), clips_per_step=clips_per_step)
+        self.limits = Limits.of(self.settings, num_clips=len(self.clips), clips_per_step=self.clips.batch_size)
         self.clock = Clock()
         self.bad, self.bad_held_out = BadClips(self.clips, record), BadClips(self.held_out, record)
         self.faults = Faults()
@@ -146,8 +145,8 @@ class Trainer:
             self.ema.update()
             self.faults.in_a_row = 0
         self.step += 1
-        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
-        return {**numbers, **rates, **scale, "grad_norm": norm, **norms, "skipped_steps": float(self.faults.skipped)}
+        rates |= {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        return {**numbers, **rates, "grad_norm": norm, **norms, "skipped_steps": float(self.faults.skipped)}
 
     def _logs_this_step(self) -> bool:
         number = self.step + 1
@@ -236,10 +235,10 @@ class Trainer:
         )
 
     def _losses(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
-        with self._autocast():
+        with self.autocast():
             return self.task.losses(batch, training=training)
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[None]:
         dtype = AUTOCAST[self.settings.mixed_precision]
         return torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -253,7 +252,7 @@ class Trainer:
         tally = Tally()
         for batch, own in self._validation():
             self.bad_held_out.note(batch.bad)
-            with self._autocast():
+            with self.autocast():
                 values = self.task.judge(batch, others=self._other_captions)
             if own:
                 tally.add(values)
@@ -261,8 +260,10 @@ class Trainer:
 
     def preview(self, folder: Path) -> dict[str, float]:
         """Write what the model makes now, of some validation clips or the configured prompts; returns numbers of it."""
-        with closing(self.held_out_batches(batch_size=min(8, len(self.held_out)))) as stream, self._autocast():
-            return self.task.preview(folder, next(stream))
+        with closing(self.held_out_batches(batch_size=min(8, len(self.held_out)))) as stream:
+            batch = next(stream)
+        with self.autocast():
+            return self.task.preview(folder, batch)
 
     def save(self, *, must: bool = False) -> None:
         """Write checkpoint-<step>: all that a resumed run needs to go on bit for bit, and all that sampling needs.
