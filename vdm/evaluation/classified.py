@@ -89,10 +89,8 @@ def labels_of(clips: Sequence[Clip], reference: Sequence[Clip]) -> np.ndarray:
 
 def confusion(side: Side, reference: Side) -> tuple[Sequence[str], Sequence[str], np.ndarray]:
     """The templates asked for (rows), those seen (columns), and how often: (R,C); none that did not occur."""
-    labels, seen = (
-        labels_of(side.clips, reference.clips),
-        side.rows.argmax(1) if len(side.clips) else np.empty(0, np.int64),
-    )
+    labels = labels_of(side.clips, reference.clips)
+    seen = side.rows.argmax(1) if len(side.clips) else np.empty(0, np.int64)
     rows, columns = (sorted(set(some[labels >= 0].tolist())) for some in (labels, seen))
     counts = np.zeros((len(rows), len(columns)), dtype=np.int64)
     for asked, found in zip(labels, seen, strict=True):
