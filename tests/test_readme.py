@@ -168,6 +168,16 @@ def test_the_table_of_steps_and_samplers_is_the_saved_one() -> None:
     assert [line for line in demo_table.table(rows) if line not in page] == []
 
 
+def test_the_table_of_perturbed_attention_is_the_saved_one() -> None:
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    plain, perturbed = saved("demo-plain-10-cpu.json"), saved("demo-pag-10-cpu.json")
+    assert plain["manifest_sha256"] == perturbed["manifest_sha256"], "of the same weights"
+    for record, what in ((plain, "by the text"), (perturbed, "and by perturbed attention, 0.5")):
+        scores = record["scores"]
+        assert isinstance(scores, dict)
+        assert f"| {what} | {' | '.join('{right} of {clips}'.format(**scores[name]) for name in SCORES)} |" in page
+
+
 def test_the_table_of_where_clips_are_spoilt_is_the_saved_one() -> None:
     page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     before, after = (saved(f"demo-stages-{name}.json")["rows"] for name in ("former-cpu", "cpu"))
