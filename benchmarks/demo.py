@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,15 @@ from vdm.data.dataset import VALIDATION_OFFSET
 from vdm.data.mini_something import Rendered, render_clip
 from vdm.data.phrasing import num_forms, rephrased
 from vdm.data.settings import DataConfig
+from vdm.data.transforms import resize
 from vdm.data.video import to_float, to_uint8, to_video
 from vdm.errors import UserError
 from vdm.generate import pick_device, require_of_sampling
 from vdm.metrics.action_scores import mark, read_prompt, score
 from vdm.metrics.actions import RULES_VERSION, Verdict, judge
+from vdm.metrics.frechet import frechet_distance
 from vdm.metrics.motion import measure_flows, warping_error
+from vdm.metrics.toy import SIZE, load_toy_classifier
 from vdm.models import VideoVAE
 from vdm.pipeline import TextToVideo
 from vdm.vocabulary import ACTIONS, COLOURS, COVER, SHAPES, SHAPES_WITH_A_TOP
@@ -92,10 +95,37 @@ def rendered(first: int, *, actions: Collection[str], seed: int, data: DataConfi
     return (render_clip(index, seed=seed, fps=data.fps, masks=False, **size) for index in chosen)
 
 
+def unseen(clips_per_action: int, *, seed: int, data: DataConfig) -> list[Rendered]:
+    """So many rendered clips of each action that are in no training or validation set."""
+    streams = (rendered(2 * VALIDATION_OFFSET, actions=[name], seed=seed, data=data) for name in TEMPLATES)
+    return [clip for stream in streams for clip in islice(stream, clips_per_action)]
+
+
+class Real:
+    """Twice as many rendered clips as are sampled, as the classifier behind `fvd_toy` sees them."""
+
+    def __init__(self, clips_per_action: int, *, seed: int, data: DataConfig):
+        seen = features(clip.frames for clip in unseen(2 * clips_per_action, seed=seed, data=data))
+        # Of each action one half is what is held against, and the other says how far real clips are from these.
+        self.reference, self.others = seen.unflatten(0, (-1, 2, clips_per_action)).transpose(0, 1).flatten(1, 2)
+
+    def distance(self, clips: Sequence[np.ndarray]) -> dict[str, float]:
+        """`fvd_toy` of as many clips, and its floor: that of the other real ones."""
+        value, floor = (frechet_distance(some, self.reference) for some in (features(clips), self.others))
+        return {"value": value, "floor": floor, "clips": len(clips)}
+
+
+@torch.no_grad()
+def features(clips: Iterable[np.ndarray]) -> torch.Tensor:
+    """(N,128) float32 of clips uint8 (T,H,W,3)."""
+    net = load_toy_classifier()
+    small = (np.stack([resize(frame, SIZE, SIZE) for frame in clip]) for clip in clips)
+    return torch.cat([net(torch.from_numpy(clip)[None]).features for clip in small])
+
+
 def judge_real(clips_per_action: int, *, seed: int, data: DataConfig, vae: VideoVAE | None = None) -> dict[str, Any]:
     """Scores of rendered clips that are in no training or validation set; after an autoencoder also what it loses."""
-    streams = (rendered(2 * VALIDATION_OFFSET, actions=[name], seed=seed, data=data) for name in TEMPLATES)
-    clips = [clip for stream in streams for clip in islice(stream, clips_per_action)]
+    clips = unseen(clips_per_action, seed=seed, data=data)
     texts = [clip.label for clip in clips]
     if vae is None:
         return summarise([judge(clip.frames) for clip in clips], texts)
@@ -130,12 +160,13 @@ def sampled(pipe: TextToVideo, prompts: Sequence[str], *, seed: int, **options: 
         yield from (np.asarray(frames) * 255).round().astype(np.uint8)
 
 
-def judge_generated(pipe: TextToVideo, options: argparse.Namespace) -> dict[str, Any]:
-    """Scores of the model's clips."""
+def judge_generated(pipe: TextToVideo, options: argparse.Namespace, *, real: Real | None = None) -> dict[str, Any]:
+    """Scores of the model's clips, and how far they are from real ones where these are given."""
     prompts = draw_prompts(options.clips_per_action, seed=options.seed, other_words=options.other_words)
     chosen = {name: getattr(options, name) for name in ("guidance_scale", "sampler")}
-    clips = sampled(pipe, prompts, seed=options.seed, num_inference_steps=options.steps, **chosen)
-    return summarise([judge(clip) for clip in clips], prompts)
+    clips = list(sampled(pipe, prompts, seed=options.seed, num_inference_steps=options.steps, **chosen))
+    scores = summarise([judge(clip) for clip in clips], prompts)
+    return scores if real is None else scores | {"fvd_toy": real.distance(clips)}
 
 
 @torch.no_grad()
@@ -178,6 +209,8 @@ def _print(record: dict[str, Any]) -> None:
     if lost := record["scores"].get("lost"):
         line = "PSNR {psnr:.2f} dB; warping error {warping_error:.6f} of real clips, {warping_error_after:.6f} after"
         print(line.format(**lost))
+    if distance := record["scores"].get("fvd_toy"):
+        print("fvd_toy {value:.1f}, of as many real clips {floor:.1f}".format(**distance))
     for name in SCORES:
         row = record["scores"][name]
         if row["clips"]:
@@ -236,7 +269,8 @@ def demo_command(arguments: Sequence[str]) -> None:
     elif options.gauge is None:
         pipe = TextToVideo.from_pretrained(folder).to(device)
         pipe.config = override(pipe.config, options.overrides)
-        record["scores"] = judge_generated(pipe, options)
+        real = Real(options.clips_per_action, seed=options.seed, data=data)
+        record["scores"] = judge_generated(pipe, options, real=real)
     else:
         record["gauge"] = gauge(TextToVideo.from_pretrained(folder).to(device), options.gauge)
     _print(record)

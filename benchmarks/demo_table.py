@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, write_json
-from benchmarks.demo import SCORES, judge_generated
+from benchmarks.demo import SCORES, Real, judge_generated
 from vdm.cli import Parser, run
 from vdm.errors import UserError
 from vdm.generate import pick_device
@@ -45,7 +45,7 @@ def settings() -> Iterator[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of Markdown."""
-    titles = ("sampler", "steps", "guidance", "words", *SCORES)
+    titles = ("sampler", "steps", "guidance", "words", *SCORES, *(["fvd_toy"] if rows and "fvd_toy" in rows[0] else []))
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
     for row in rows:
@@ -56,6 +56,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "other" if row["other_words"] else "captions'",
         ]
         cells += ["{right} of {clips}".format(**row[name]) for name in SCORES]
+        cells += [f"{row['fvd_toy']['value']:.1f}"] if "fvd_toy" in row else []
         yield f"| {' | '.join(cells)} |"
 
 
@@ -71,13 +72,14 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError("--clips_per_action must be at least 1, and --seed at least 0")
     device = pick_device(options.device)
     pipe = TextToVideo.from_pretrained(options.checkpoint).to(device)
+    real = Real(options.clips_per_action, seed=options.seed, data=pipe.config.data)
     rows: list[dict[str, Any]] = []
     for chosen in settings():
         asked = Namespace(**chosen, clips_per_action=options.clips_per_action, seed=options.seed)
-        scores = judge_generated(pipe, asked)
+        scores = judge_generated(pipe, asked, real=real)
         if chosen["guidance_scale"] is None:
             chosen["guidance_scale"] = pipe.config.sampling.guidance_scale
-        rows.append(chosen | {name: scores[name] for name in SCORES})
+        rows.append(chosen | {name: scores[name] for name in (*SCORES, "fvd_toy")})
         print(list(table(rows))[-1], flush=True)
         if options.json:
             write_json(options.json, {"environment": environment(device), "rows": rows})

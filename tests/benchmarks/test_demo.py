@@ -135,6 +135,8 @@ def test_a_checkpoint_is_judged(checkpoint: Path, tmp_path: Path, capsys: pytest
     }
     assert "direction" in capsys.readouterr().out
     assert record["settings"]["overrides"] == ["sampling.sampler=ddpm"]
+    distance = record["scores"]["fvd_toy"]
+    assert distance["clips"] == 16 and 0 < distance["floor"] < distance["value"], "it was never trained"
 
 
 def test_the_gauge_is_zero_for_a_model_that_ignores_text(
