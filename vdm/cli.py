@@ -191,7 +191,8 @@ def _sample_parser() -> Parser:
 
 
 COMMANDS = (
-    "the commands of vdm: data synth|check|view|cache, convert, evaluate, report (train.py trains, sample.py samples)"
+    "the commands of vdm: data synth|check|view|cache, convert, evaluate, report, replay (train.py trains, sample.py "
+    "samples)"
 )
 
 
@@ -203,6 +204,7 @@ def vdm_command(arguments: Sequence[str]) -> None:
         "data": _data_command,
         "evaluate": _evaluate_command,
         "report": _report_command,
+        "replay": _replay_command,
     }
     parser.add_argument("command", choices=tuple(commands), help="each has a --help of its own")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="see vdm data synth --help, vdm convert --help")
@@ -219,6 +221,25 @@ def _report_command(arguments: Sequence[str]) -> None:
     from vdm.report import write_report
 
     print(f"wrote {write_report(options.run, options.output)}; open it in a browser")
+
+
+def _replay_command(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        prog="vdm replay", description="Compute again, clip by clip, the step for which a run was given up."
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder replay-<step> of the run")
+    told = "values in place of the run's, such as training.mixed_precision=no"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=told)
+    parser.flag("--device", metavar="D", help="cpu, cuda, cuda:1 ...; a GPU by default where there is one")
+    options = parser.parse_intermixed_args(arguments)
+
+    from vdm.generate import pick_device
+    from vdm.training.replaying import replay
+
+    tried = replay(options.bundle, options.overrides, device=pick_device(options.device))
+    print(*tried, sep="\n")
+    if any(one.module for one in tried):
+        raise BadClipsFound
 
 
 def _evaluate_command(arguments: Sequence[str]) -> None:

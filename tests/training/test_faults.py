@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from vdm.checkpoint import load_weights, read_manifest
-from vdm.config import Config, load
+from vdm.config import Config, load, to_yaml
 from vdm.data.latents import KeptLatents
 from vdm.data.loader import Batch
-from vdm.training.faults import find_culprits, mean_of_finite
+from vdm.training.faults import find_culprits, mean_of_finite, write_bundle
 from vdm.training.kinds import build_task
 from vdm.training.loop import Loop, train
+from vdm.training.replaying import replay
 from vdm.training.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -161,7 +162,7 @@ def test_many_in_a_row_go_back_to_the_last_checkpoint_and_then_give_up(
     assert [line["skipped_steps"] for line in log] == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
 
 
-def test_the_bundle_shows_it_again(tmp_path: Path) -> None:
+def test_the_bundle_shows_it_again(tmp_path: Path, command: Callable[..., Any]) -> None:
     trainer = trainer_of(tmp_path, "training.max_bad_steps=1")
     stream = trainer.train_batches()
     trainer.train_step([next(stream)])
@@ -170,17 +171,34 @@ def test_the_bundle_shows_it_again(tmp_path: Path) -> None:
         trainer.train_step([next(stream)])
     bundle = tmp_path / "replay-2"
     [about] = read_manifest(bundle).info["batches"]
-    again = trainer_of(tmp_path / "again")
-    for part, module in again.task.modules.items():
-        module.load_state_dict(load_weights(bundle, part))
-    again.step = read_manifest(bundle).info["step"]
-    assert about["positions"] == [2, 3] and again.step == 1
-    batch = next(trainer_of(tmp_path / "other").train_batches())
-    from dataclasses import replace
+    assert about["positions"] == [2, 3] and read_manifest(bundle).info["step"] == 1
+    result = command("vdm", "replay", bundle, "--device", "cpu")
+    lines = result.out.splitlines()
+    assert result.code == 3 and len(lines) == 2
+    for line, clip, position in zip(lines, about["ids"], about["positions"], strict=True):
+        assert line.startswith(f"clip {clip} (position {position}): loss nan, gradient nan, first in unet.")
 
-    video = load_weights(bundle, "batch-0")["video"]
-    batch = replace(batch, video=video, **about)
-    assert not torch.isfinite(again._losses(batch, training=True)["loss"])
+
+def test_a_sound_step_is_computed_again_with_its_own_draws(tmp_path: Path, command: Callable[..., Any]) -> None:
+    """Its clips, one by one, have the loss of the step in the mean."""
+    trainer = trainer_of(tmp_path)
+    stream = trainer.train_batches()
+    batches = [next(stream)]
+    state = {part: module.state_dict() for part, module in trainer.task.modules.items()}
+    write_bundle(tmp_path / "bundle", to_yaml(trainer.config), state, batches, step=0)
+    loss = trainer.train_step(batches)["loss"]
+    tried = replay(tmp_path / "bundle", device=torch.device("cpu"))
+    assert [one.module for one in tried] == ["", ""] and all(one.grad_norm > 0 for one in tried)
+    assert sum(one.loss for one in tried) / 2 == pytest.approx(loss, rel=1e-5)
+    assert len({one.loss for one in tried}) == 2
+    result = command("vdm", "replay", tmp_path / "bundle", "model.dropout=0", "--device", "cpu")
+    assert result.code == 0 and result.out.splitlines() != [str(one) for one in tried], "dropout is in force"
+    trainer.save()
+    for folder, sentence in (
+        (tmp_path / "checkpoint-1", "is no replay bundle"),
+        (tmp_path / "nowhere", "does not exist"),
+    ):
+        assert sentence in command("vdm", "replay", folder).error
 
 
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
