@@ -178,6 +178,19 @@ def test_the_table_of_perturbed_attention_is_the_saved_one() -> None:
         assert f"| {what} | {' | '.join('{right} of {clips}'.format(**scores[name]) for name in SCORES)} |" in page
 
 
+def test_another_seed_is_within_the_interval_of_the_first() -> None:
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    first, other = (saved(f"demo-quarter-seed{seed}-cpu.json")["scores"] for seed in (0, 1))
+    for seed, scores in enumerate((first, other)):
+        assert isinstance(scores, dict)
+        counts = " | ".join("{right} of {clips}".format(**scores[name]) for name in SCORES)
+        assert f"| {seed} | {counts} | {scores['fvd_toy']['value']:.1f} |" in page
+    assert isinstance(first, dict) and isinstance(other, dict)
+    for name in SCORES:
+        low, high = first[name]["ci95"]
+        assert low <= other[name]["value"] <= high, name
+
+
 def test_the_table_of_where_clips_are_spoilt_is_the_saved_one() -> None:
     page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     before, after = (saved(f"demo-stages-{name}.json")["rows"] for name in ("former-cpu", "cpu"))
