@@ -27,7 +27,7 @@ from vdm.files import in_words
 from vdm.models import VideoVAE
 from vdm.text.encoder import TextEncoder
 from vdm.training.cached import cache_key, reads_text, streams
-from vdm.training.settings import AUTOCAST
+from vdm.training.settings import autocast
 from vdm.weights import SUFFIX
 
 SHARD_BYTES, MOST_CLIPS = 128 << 20, 256  # of a shard, at most: what is lost when it is killed
@@ -217,8 +217,7 @@ class Writer:
 
     def _autocast(self) -> torch.autocast:
         """The precision in which training would encode."""
-        dtype = AUTOCAST[self.config.training.mixed_precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return autocast(self.config.training.mixed_precision, self.device)
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:

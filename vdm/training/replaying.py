@@ -18,7 +18,7 @@ from vdm.models.dropout import clip_seeds
 from vdm.training.draws import DROPOUT, clip_seed
 from vdm.training.faults import find_culprits
 from vdm.training.kinds import build_task
-from vdm.training.settings import AUTOCAST
+from vdm.training.settings import autocast
 from vdm.weights import fill
 
 
@@ -57,11 +57,11 @@ def replay(bundle: Path, overrides: Sequence[str] = (), *, device: torch.device)
         for module in task.rounded().values():
             module.to(torch.bfloat16)
     parameters = [p for module in task.trained().values() for p in module.parameters() if p.requires_grad]
-    dtype, numbers = AUTOCAST[config.training.mixed_precision], {}
+    numbers: dict[int, tuple[float, float]] = {}
 
     def gradients_of(one: Batch) -> Tensor:
         seeds = [clip_seed(config.seed, position, DROPOUT) for position in one.positions]
-        with clip_seeds(seeds), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with clip_seeds(seeds), autocast(config.training.mixed_precision, device):
             loss = task.losses(one, training=True)["loss"]
         loss.backward()
         norms = torch._foreach_norm([p.grad.float() for p in parameters if p.grad is not None])

@@ -228,3 +228,9 @@ class TrainingConfig:
             raise UserError(
                 "training.lora_rank trains a change of a model, and a random one is none; set training.init_from"
             )
+
+
+def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a run of this precision computes; of "no" one that changes nothing."""
+    dtype = AUTOCAST[mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -31,7 +31,7 @@ from vdm.training.optim import build_optimizer, learning_rate
 from vdm.training.parallel import parallelize, require_possible
 from vdm.training.resuming import require_same_run
 from vdm.training.saving import Contents, Writer
-from vdm.training.settings import AUTOCAST
+from vdm.training.settings import autocast
 from vdm.training.state import all_weights, finished_weights, load_state, training_state
 from vdm.training.task import Task
 
@@ -238,9 +238,9 @@ class Trainer:
         with self.autocast():
             return self.task.losses(batch, training=training)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        dtype = AUTOCAST[self.settings.mixed_precision]
-        return torch.autocast(self.task.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    def autocast(self) -> torch.autocast:
+        """The precision of the run."""
+        return autocast(self.settings.mixed_precision, self.task.device)
 
     @cached_property
     def _other_captions(self) -> list[str]:
