@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdm.models import UNet3D, UNetConfig
+from vdm.models import UNet3D, UNetConfig, attention
 from vdm.models.attention import SpatialSelfAttention
+from vdm.models.operations import attend
 from vdm.models.perturbed import perturbed
 
 UNET = UNetConfig(
@@ -38,16 +37,15 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_mask(unet: UNet3D, *, root: torch.nn.Module) -> Tensor:
-    inside: list[Any] = [module for module in root.modules() if type(module) is SpatialSelfAttention]
+    inside = [module for module in root.modules() if type(module) is SpatialSelfAttention]
     assert inside
-    kept = [module.attend for module in inside]
-    for module in inside:
-        module.attend = alone
+    hooks = [module.register_forward_pre_hook(lambda *_: setattr(attention, "attend", alone)) for module in inside]
+    hooks += [module.register_forward_hook(lambda *_: setattr(attention, "attend", attend)) for module in inside]
     try:
         return unet(*INPUTS)
     finally:
-        for module, one in zip(inside, kept, strict=True):
-            module.attend = one
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

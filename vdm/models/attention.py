@@ -25,13 +25,14 @@ class SpatialSelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
+        self.perturbed = False  # each position attends to itself alone
         self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=False)
         self.to_out = Linear(heads * head_dim, dim)
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
         qkv = self.to_qkv(x_BTPC).flatten(0, 1).unflatten(2, (3, self.heads, -1))  # (B*T, P, 3, N, D)
-        out = self.attend(*(one.transpose(1, 2) for one in qkv.unbind(2)))  # (B*T, N, P, D)
+        q, k, v = (one.transpose(1, 2) for one in qkv.unbind(2))
+        out = v if self.perturbed else attend(q, k, v)  # (B*T, N, P, D)
         return self.to_out(out.transpose(1, 2).flatten(2).view(*x_BTPC.shape[:3], -1))
 
 

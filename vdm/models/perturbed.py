@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 from vdm.models.attention import SpatialSelfAttention, SpatialTransformer
-from vdm.models.operations import attend
 from vdm.models.unet import UNet3D
 
 PerturbedLayers = Literal["middle", "all"]
@@ -24,20 +23,16 @@ def perturbed(unet: UNet3D, call: Callable[..., Tensor], *, layers: PerturbedLay
     transformers = [module for module in root.modules() if isinstance(module, SpatialTransformer)]
 
     def with_own_values(*tensors: Tensor) -> Tensor:
-        _set(transformers, _own_values)
+        _set(transformers, True)
         try:
             return call(*tensors)
         finally:
-            _set(transformers, attend)
+            _set(transformers, False)
 
     return with_own_values
 
 
-def _set(transformers: Sequence[SpatialTransformer], operation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+def _set(transformers: Sequence[SpatialTransformer], perturbed: bool) -> None:
     for transformer in transformers:
         assert isinstance(transformer.block.attn1, SpatialSelfAttention)
-        transformer.block.attn1.attend = operation
-
-
-def _own_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return v
+        transformer.block.attn1.perturbed = perturbed
