@@ -198,6 +198,12 @@ def gauge(pipe: TextToVideo, num_clips: int) -> list[dict[str, Any]]:
     return rows
 
 
+def manifest_hash(folder: Path) -> str:
+    """Which weights these are; a `UserError` where they are not as they were saved."""
+    verify(folder)
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
 def _print(record: dict[str, Any]) -> None:
     for row in record.get("gauge", ()):
         print("{captions:<8} t {t:.2f}  error {error:.5f}  gap {gap:+.5f} +- {standard_error:.5f}".format(**row))
@@ -256,9 +262,8 @@ def demo_command(arguments: Sequence[str]) -> None:
     device, folder, data = pick_device(options.device), options.checkpoint or SHIPPED, DataConfig(height=64, width=64)
     record: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
     if not options.real or options.checkpoint is not None:
-        verify(folder)
         data = load(folder / CONFIG).data
-        record["manifest_sha256"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+        record["manifest_sha256"] = manifest_hash(folder)
     if options.real + options.reconstructed + (options.gauge is not None) > 1:
         raise UserError("give one of --real, --reconstructed and --gauge")
     if options.reconstructed:

@@ -14,8 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, write_json
-from benchmarks.demo import SCORES, Real, judge_generated
+from benchmarks.demo import SCORES, Real, judge_generated, manifest_hash
 from vdm.cli import Parser, run
+from vdm.components import SHIPPED
 from vdm.errors import UserError
 from vdm.generate import pick_device
 from vdm.pipeline import TextToVideo
@@ -45,7 +46,7 @@ def settings() -> Iterator[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of Markdown."""
-    titles = ("sampler", "steps", "guidance", "words", *SCORES, *(["fvd_toy"] if rows and "fvd_toy" in rows[0] else []))
+    titles = ("sampler", "steps", "guidance", "words", *SCORES, "toy-FVD")
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
     for row in rows:
@@ -56,7 +57,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "other" if row["other_words"] else "captions'",
         ]
         cells += ["{right} of {clips}".format(**row[name]) for name in SCORES]
-        cells += [f"{row['fvd_toy']['value']:.1f}"] if "fvd_toy" in row else []
+        cells.append(f"{row['fvd_toy']['value']:.1f}")
         yield f"| {' | '.join(cells)} |"
 
 
@@ -71,6 +72,7 @@ def command(arguments: Sequence[str]) -> None:
     if options.clips_per_action < 1 or options.seed < 0:
         raise UserError("--clips_per_action must be at least 1, and --seed at least 0")
     device = pick_device(options.device)
+    record = {"environment": environment(device), "manifest_sha256": manifest_hash(options.checkpoint or SHIPPED)}
     pipe = TextToVideo.from_pretrained(options.checkpoint).to(device)
     real = Real(options.clips_per_action, seed=options.seed, data=pipe.config.data)
     rows: list[dict[str, Any]] = []
@@ -82,7 +84,7 @@ def command(arguments: Sequence[str]) -> None:
         rows.append(chosen | {name: scores[name] for name in (*SCORES, "fvd_toy")})
         print(list(table(rows))[-1], flush=True)
         if options.json:
-            write_json(options.json, {"environment": environment(device), "rows": rows})
+            write_json(options.json, record | {"rows": rows})
 
 
 if __name__ == "__main__":

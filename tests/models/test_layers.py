@@ -26,8 +26,10 @@ from vdm.models.layers import (
     VideoGroupNorm,
     channels_last_weights,
     fold_frames,
+    from_image,
     from_tokens,
     sinusoidal_embedding,
+    to_image,
     to_tokens,
     unfold_frames,
     zero_init,
@@ -63,12 +65,14 @@ def test_folding_and_unfolding_are_inverses_and_keep_the_order(
 @given(SIZES)
 def test_folding_a_channels_last_video_copies_nothing(shape: tuple[int, ...]) -> None:
     x = video(*shape)
-    frames, tokens = fold_frames(x), to_tokens(x)
-    views = [frames, unfold_frames(frames, shape[2]), tokens, from_tokens(tokens, x.shape[3:])]
-    assert {view.data_ptr() for view in views} == {x.data_ptr()}
-    assert tokens.is_contiguous() and frames.is_contiguous(memory_format=torch.channels_last)
-    assert views[1].is_contiguous(memory_format=torch.channels_last_3d)
-    assert views[3].is_contiguous(memory_format=torch.channels_last_3d)
+    frames, tokens, image = fold_frames(x), to_tokens(x), to_image(x)
+    back = [unfold_frames(frames, shape[2]), from_tokens(tokens, x.shape[3:]), from_image(image, x.shape[3:])]
+    assert {view.data_ptr() for view in (frames, tokens, image, *back)} == {x.data_ptr()}
+    assert tokens.is_contiguous() and all(view.is_contiguous(memory_format=torch.channels_last_3d) for view in back)
+    assert all(torch.equal(view, x) for view in back)
+    _, C, T, H, W = shape
+    # Of a single clip or frame too, whose batch has a stride that does not matter, but to those who look for a layout.
+    assert frames.stride(0) == C * H * W and image.stride(0) == C * T * H * W
 
 
 def test_folding_a_video_in_default_memory_has_to_copy() -> None:
@@ -137,8 +141,9 @@ def test_frame_conv_is_a_conv2d_of_each_frame() -> None:
 
 
 @pytest.mark.parametrize("layer", [FrameConv(4, 6, 3), FrameGroupNorm(2, 4), VideoGroupNorm(2, 4), TemporalConv(4, 4)])
-def test_layers_keep_channels_last_without_a_copy(layer: nn.Module) -> None:
-    x = torch.randn(2, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+@pytest.mark.parametrize("clips", [1, 2])
+def test_layers_keep_channels_last_without_a_copy(layer: nn.Module, clips: int) -> None:
+    x = torch.randn(clips, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
     channels_last_weights(layer)
     assert layer(x).is_contiguous(memory_format=torch.channels_last_3d)
     assert copies(lambda: layer(x), numel=x.numel()) == []

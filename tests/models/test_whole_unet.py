@@ -24,14 +24,15 @@ def given(frames: int, size: int, *, clips: int = 1) -> tuple[Any, ...]:
     return latents, torch.full((clips,), 3), torch.randn(clips, 7, 8, generator=generator)
 
 
-def test_nothing_is_reordered_but_for_attention_over_frames() -> None:
+@pytest.mark.parametrize(("clips", "frames"), [(1, 8), (2, 4)])
+def test_nothing_is_reordered_but_for_attention_over_frames(clips: int, frames: int) -> None:
     """Of the size of the activations at full resolution: two attentions a transformer, once in and once out; and the
     packed queries, keys and values of the level below, which are larger. Two upsamplings interleave their phases.
 
     Smaller tensors do not count: PyTorch computes some convolutions of a few thousand numbers in another order.
     """
-    network, arguments = UNet3D(NARROW).eval(), given(4, 32, clips=2)
-    found = copies(lambda: network(*arguments), numel=2 * 16 * 4 * 32 * 32)
+    network, arguments = UNet3D(NARROW).eval(), given(frames, 32, clips=clips)
+    found = copies(lambda: network(*arguments), numel=clips * 16 * frames * 32 * 32)
     assert len(found) == 4 * TEMPORAL_AT_THE_TOP + 2 * (2 + 3) + 2, found
 
 

@@ -12,7 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vdm.models.layers import FrameGroupNorm, Linear, VideoGroupNorm, as_many, from_tokens, to_tokens, zero_init
+from vdm.models.layers import (
+    FrameGroupNorm,
+    Linear,
+    VideoGroupNorm,
+    as_many,
+    by_onednn,
+    from_tokens,
+    linear_geglu,
+    to_tokens,
+    zero_init,
+)
 from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
@@ -63,15 +73,16 @@ class CrossAttention(nn.Module):
         self.to_out = Linear(heads * head_dim, dim)
 
     def forward(self, x_BTPC: Tensor, context_BLC: Tensor) -> Tensor:
-        q = self.to_q(x_BTPC).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, T*P, D)
-        q = as_many(q, context_BLC)
+        q = as_many(self.to_q(x_BTPC), context_BLC)
+        q = q.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, T*P, D)
         kv = self.to_kv(context_BLC).unflatten(2, (2, self.heads, -1)).unbind(2)  # 2 x (B, L, N, D)
         out = attend(q, *(one.transpose(1, 2) for one in kv))
         return self.to_out(out.transpose(1, 2).flatten(2).unflatten(1, x_BTPC.shape[1:3]))
 
 
 class GEGLU(nn.Module):
-    """Gated feed-forward, 4*dim wide inside: W2 (a * gelu(g)) with [a, g] = W1 x. `gate` is as `geglu`."""
+    """Gated feed-forward, 4*dim wide inside, added to its residual: before + W2 (a * gelu(g)) with [a, g] = W1 x.
+    `gate` is as `geglu`."""
 
     def __init__(self, dim: int, gate: Callable[[Tensor], Tensor] = geglu):
         super().__init__()
@@ -79,14 +90,20 @@ class GEGLU(nn.Module):
         self.linear2 = Linear(4 * dim, dim)
         self.gate = gate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
         rows = max(1, CACHED // self.linear1.out_features)
         if torch.is_grad_enabled() or x.device.type != "cpu" or x[..., 0].numel() <= rows:
-            return self._inside(x)
+            return before + self._inside(x)
         # What is inside is eight times as large as x, and where no gradient needs it, it need not leave the caches.
-        return torch.cat([self._inside(piece) for piece in x.flatten(0, -2).split(rows)]).view(x.shape)
+        total = torch.empty_like(before, memory_format=torch.contiguous_format)
+        pieces = (tensor.flatten(0, -2).split(rows) for tensor in (x, before, total))
+        for some, old, new in zip(*pieces, strict=True):
+            torch.add(old, self._inside(some), out=new)
+        return total
 
     def _inside(self, x: Tensor) -> Tensor:
+        if self.gate is geglu and type(self.linear1) is Linear and by_onednn(x, self.linear1.weight):
+            return self.linear2(linear_geglu(x, self.linear1.weight, self.linear1.bias))
         return self.linear2(self.gate(self.linear1(x)))
 
 
@@ -117,7 +134,7 @@ class TransformerBlock(nn.Module):
         x, normed = self.norm2(x, self.attn1(self.norm1(x), context))
         branch = self.attn2(normed, context)
         x, normed = self.norm3(as_many(x, branch), branch)
-        return x + self.ff(normed)
+        return self.ff(normed, x)
 
 
 class _Transformer(nn.Module):

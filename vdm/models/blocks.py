@@ -19,7 +19,7 @@ from vdm.models.layers import (
     VideoGroupNorm,
     zero_init,
 )
-from vdm.models.operations import PLAIN, Operations
+from vdm.models.operations import PLAIN, Operations, add_in_place
 
 
 class Pass(nn.Module):
@@ -53,9 +53,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        h = h + self.emb(emb)[:, :, None, None, None]
+        h = add_in_place(h, self.emb(emb)[:, :, None, None, None])
         h = self.conv2(self.dropout(self.norm2(h)))
-        return self.shortcut(x) + h
+        return add_in_place(h, self.shortcut(x))
 
 
 class TemporalConvBlock(nn.Module):
@@ -76,7 +76,7 @@ class TemporalConvBlock(nn.Module):
         h = x
         for norm, dropout, conv in zip(self.norms, self.dropouts, self.convs, strict=True):
             h = conv(dropout(norm(h)))
-        return x + h
+        return add_in_place(h, x)
 
 
 class UNetLayer(nn.Module):

@@ -18,16 +18,24 @@ from vdm.models.operations import PLAIN, Operations
 
 Layer = TypeVar("Layer", bound=nn.Module)
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+TIMES = "mkldnn::_linear_pointwise.binary"  # a linear layer's result, times another tensor
+
+if ONEDNN and not torch._C._dispatch_has_kernel_for_dispatch_key(TIMES, "Meta"):
+
+    @torch.library.register_fake(TIMES)
+    def _sizes_of_a_product(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, attr: str) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def fold_frames(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B*T, C, H, W): a view when x is channels_last_3d."""
-    return x.transpose(1, 2).flatten(0, 1)
+    # Channels last meanwhile: else a single frame is a view with a stride by which no kernel knows its layout.
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
     """(B*T, C, H, W) -> (B, C, T, H, W): the inverse of `fold_frames`, always a view."""
-    return x.unflatten(0, (-1, num_frames)).transpose(1, 2)
+    return x.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames)).permute(0, 4, 1, 2, 3)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -38,6 +46,16 @@ def to_tokens(x: Tensor) -> Tensor:
 def from_tokens(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, T, H*W, C) -> (B, C, T, H, W) in channels_last_3d memory: the inverse of `to_tokens`, always a view."""
     return x.unflatten(2, size).permute(0, 4, 1, 2, 3)
+
+
+def to_image(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B, C, T, H*W), an image whose rows are frames: a view when x is channels_last_3d."""
+    return to_tokens(x).permute(0, 3, 1, 2)
+
+
+def from_image(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, T, H*W) -> (B, C, T, H, W): the inverse of `to_image`, always a view."""
+    return from_tokens(x.permute(0, 2, 3, 1), size)
 
 
 def as_many(x: Tensor, like: Tensor) -> Tensor:
@@ -77,14 +95,27 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            ONEDNN
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        ):
+        if by_onednn(x, self.weight):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product, which can do with its result what comes next before that leaves the caches, serves."""
+    return (
+        ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    )
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`geglu` of a linear layer where `by_onednn`: (..., in) -> (..., W) for a weight (2W, in). Nothing is written
+    that is twice as wide."""
+    (weight_value, weight_gate), (bias_value, bias_gate) = weight.chunk(2), bias.chunk(2)
+    gated = torch.ops.mkldnn._linear_pointwise(x, weight_gate, bias_gate, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gated, weight_value, bias_value, "mul")
 
 
 class TimeEmbedding(nn.Module):
@@ -134,7 +165,7 @@ class VideoGroupNorm(_GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         # As (B, C, T, H*W) the 4-D channels_last kernel serves; the 5-D one copies to (B, C, T, H, W) order first.
-        return self._normed(x.flatten(3)).unflatten(3, x.shape[3:])
+        return from_image(self._normed(to_image(x)), x.shape[3:])
 
 
 class TemporalConv(nn.Conv3d):
@@ -147,8 +178,8 @@ class TemporalConv(nn.Conv3d):
         super().__init__(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))
-        return y.unflatten(3, x.shape[3:])
+        y = F.conv2d(to_image(x), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        return from_image(y, x.shape[3:])
 
 
 class Downsample(nn.Module):
@@ -197,12 +228,14 @@ class _Rearranged(torch.autograd.Function):
 
 def _phase_weights(weight: Tensor) -> Tensor:
     """(out, in, 3, 3) -> (4*out, in, 2, 2): of the phases above left, above right, below left, below right."""
-    before, here, after = weight.unbind(2)
-    found = []
-    for pair in ((before, here + after), (before + here, after)):
-        left, middle, right = torch.stack(pair, dim=2).unbind(3)
-        found += [torch.stack(columns, dim=3) for columns in ((left, middle + right), (left + middle, right))]
-    return torch.cat(found).contiguous(memory_format=torch.channels_last)
+    taps = _two_of_each_phase(_two_of_each_phase(weight.permute(0, 2, 3, 1), 1), 2)  # (out, 2*2, 2*2, in)
+    phases = taps.unflatten(2, (2, 2)).unflatten(1, (2, 2)).permute(1, 3, 0, 2, 4, 5)  # (2, 2, out, 2, 2, in)
+    return phases.flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def _two_of_each_phase(weight: Tensor, dim: int) -> Tensor:
+    before, here, after = weight.unbind(dim)
+    return torch.stack([before, here + after, before + here, after], dim)
 
 
 class UpsampleConv(FrameConv):

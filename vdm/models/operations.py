@@ -8,11 +8,12 @@ Suffixes: B batch, N heads, L / S length of queries / keys, D head dim, T frames
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
@@ -44,8 +45,30 @@ def attend_frames(qkv: Tensor) -> Tensor:
     """
     if qkv.is_cuda and qkv.shape[0] <= FEW:
         return _clip_by_clip(qkv)
-    q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # 3 x (B*P, N, T, D): the copy
-    return attend(q, k, v).unflatten(0, (qkv.shape[0], -1)).permute(0, 3, 1, 2, 4)
+    out = attend(*_ByPosition.apply(qkv))  # (B*P, N, T, D)
+    return out.unflatten(0, (qkv.shape[0], -1)).permute(0, 3, 1, 2, 4)
+
+
+class _ByPosition(torch.autograd.Function):
+    """Packed (B, T, P, 3, N, D) -> q, k, v, each (B*P, N, T, D): one copy, and one of the gradients. PyTorch's own
+    gradient of such views stacks the three first, which is another."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape = qkv.shape
+        return _positions_first(qkv).contiguous().flatten(1, 2).unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        whole = grads[0].new_empty(ctx.shape)
+        for part, grad in zip(_positions_first(whole), grads, strict=True):
+            part.copy_(grad.view(part.shape))
+        return whole
+
+
+def _positions_first(qkv: Tensor) -> Tensor:
+    return qkv.permute(3, 0, 2, 4, 1, 5)  # (3, B, P, N, T, D)
 
 
 def _clip_by_clip(qkv: Tensor) -> Tensor:
@@ -55,9 +78,39 @@ def _clip_by_clip(qkv: Tensor) -> Tensor:
 
 def geglu(x: Tensor) -> Tensor:
     """a * gelu(g) of x = [a, g]: (..., 2W) -> (..., W) (arXiv 2002.05202)."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _GEGLU.apply(x)
     value, gate = x.chunk(2, dim=-1)
     gated = F.gelu(gate)
     return value * gated if torch.is_grad_enabled() else gated.mul_(value)
+
+
+class _GEGLU(torch.autograd.Function):
+    """`geglu`, whose two gradients are written where they belong; PyTorch's own are put together by another copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        gated = F.gelu(gate)
+        ctx.save_for_backward(x, gated)
+        return value * gated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, gated = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        whole = torch.empty_like(x)
+        of_value, of_gate = whole.chunk(2, dim=-1)
+        torch.mul(grad, gated, out=of_value)
+        torch.mul(grad, value, out=of_gate)
+        torch.ops.aten.gelu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return whole
+
+
+def add_in_place(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, for an x that nothing else will read: in its memory, where no gradient is wanted."""
+    return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else x.add_(y)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
