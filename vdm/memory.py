@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from vdm.models import attention
+from vdm.models import attention, layers, operations
 
 OTHER = "activations"  # all that nobody has marked: temporaries too
 _aten = torch.ops.aten
@@ -146,6 +146,8 @@ def imagined(*, cuda: bool) -> Iterator[Ledger]:
         _replaced(torch.utils, {"swap_tensors": _overwrite}),
         _replaced(F, _choices_of_cuda() if cuda else {}),
         _replaced(attention, {"CACHED": sys.maxsize} if cuda else {}),  # pieces are for the caches of a CPU
+        _replaced(layers, {"ONEDNN": False} if cuda else {}),
+        _replaced(operations, {"SHORT": 0, "VECTOR": 0} if cuda else {}),
         FakeTensorMode(),
         Ledger() as ledger,
     ):

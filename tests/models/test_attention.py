@@ -21,7 +21,7 @@ from vdm.models.attention import (
     TemporalSelfAttention,
     TemporalTransformer,
 )
-from vdm.models.operations import _clip_by_clip, attend, attend_frames, geglu
+from vdm.models.operations import _clip_by_clip, attend, attend_frames, by_products, geglu
 
 EMPTY = torch.empty(0)  # what a block gets that does not look at the time step or the text
 
@@ -64,6 +64,7 @@ def test_attend_takes_any_strides() -> None:
     close(attend(q[..., ::2], one_key[..., ::2], v), softmax_attention(q[..., ::2], one_key[..., ::2], v))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("batch", [65_534, 65_535, 65_536, 140_000])
 def test_attend_splits_a_batch_that_cuda_kernels_cannot_take(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (randn(batch, 1, 2, 1, seed=i) for i in range(3))
@@ -76,6 +77,14 @@ def test_attend_splits_a_batch_that_cuda_kernels_cannot_take(batch: int, monkeyp
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
     close(attend(q, k, v), softmax_attention(q, k, v))
     assert max(sizes) <= 65_535 and sum(sizes) == batch
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 8))
+def test_attention_by_products_is_softmax_attention(B: int, N: int, L: int, S: int, D: int) -> None:
+    q, k, v = randn(B, N, L, D, seed=1), randn(B, N, S, D, seed=2), randn(B, N, S, D, seed=3)
+    close(by_products(q, k, v), softmax_attention(q, k, v))
+    close(by_products(q.float(), k.float(), v.float()), softmax_attention(q, k, v).float(), tolerance=1e-5)
 
 
 def test_attend_gradient() -> None:

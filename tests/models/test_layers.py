@@ -34,6 +34,7 @@ from vdm.models.layers import (
     unfold_frames,
     zero_init,
 )
+from vdm.models.operations import _suits_channels
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
 LAYOUTS = st.sampled_from([torch.contiguous_format, torch.channels_last_3d])
@@ -105,6 +106,17 @@ def test_video_norm_is_a_group_norm_over_the_frames_too() -> None:
     plain.load_state_dict(norm.state_dict())
     close(norm(x), plain(x))
     close(norm(x), F.group_norm(x.contiguous(), 3, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_frame_norm_of_few_channels_a_group_is_the_same_without_gradients(silu: bool) -> None:
+    x = video(2, 48, 8, 10, 12).float() + 3.0  # off zero, where a difference of squares would lose digits
+    norm = randomise(FrameGroupNorm(16, 48, silu=silu)).float()
+    assert _suits_channels(fold_frames(x), 16) and not _suits_channels(fold_frames(x), 4)
+    with torch.no_grad():
+        found = norm(x)
+    torch.testing.assert_close(found, norm.double()(x.double()).float(), atol=2e-5, rtol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_the_two_norms_differ_unless_there_is_one_frame() -> None:

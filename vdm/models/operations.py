@@ -1,7 +1,7 @@
 """The operations that may run fused, in plain PyTorch: attention over frames, gates, norms with what is next to them.
 
 `vdm.models.fused` decides, once for a network, whether these run or the kernels that compute the same. All attention
-goes through one function around `scaled_dot_product_attention`.
+goes through one function around `scaled_dot_product_attention`; but for few keys on a CPU.
 Suffixes: B batch, N heads, L / S length of queries / keys, D head dim, T frames, P positions, C channels.
 """
 
@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # CUDA's fused attention kernels put the batch on a grid axis, which holds no more than 65,535 blocks.
 MAX_BATCH = 65_535
-# Up to here, where gradients are wanted on a CPU, plain products round less than the fused kernel, and are no slower
-# backward. Without gradients the fused kernel is faster at any length.
-SHORT = 128
+SHORT = 128  # keys up to which a CPU is faster with plain products than with its fused kernel, and rounds less
+VECTOR = 8  # channels of a group that a CPU reads at a time
+SUMMED = 2**16  # numbers from which on `_group_norm_by_channels` is faster
 # So few clips are faster attended to one by one, on views, than copied first to be attended to at once.
 FEW = 4
 
@@ -30,10 +29,23 @@ def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     if q_BNLD.shape[0] > MAX_BATCH:
         pieces = zip(q_BNLD.split(MAX_BATCH), k_BNSD.split(MAX_BATCH), v_BNSD.split(MAX_BATCH), strict=True)
         return torch.cat([attend(q, k, v) for q, k, v in pieces])
-    if q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT and torch.is_grad_enabled():
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+    if torch.is_grad_enabled() and suits_products(k_BNSD):
+        return by_products(q_BNLD, k_BNSD, v_BNSD)
+    # Without gradients the fused kernel, which takes and makes views, is as fast as products of copies.
     return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+
+
+def suits_products(k_BNSD: Tensor) -> bool:
+    exact = k_BNSD.dtype in (torch.float32, torch.float64)
+    return exact and k_BNSD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT
+
+
+def by_products(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+    """`attend` for few keys: the matrix of scores is small, and written out costs less than being fused away."""
+    q, k, v = (tensor.flatten(0, 1) for tensor in (q_BNLD, k_BNSD, v_BNSD))
+    nothing, scale = q.new_empty(1, 1, 1), q.shape[2] ** -0.5
+    scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=scale)  # (B*N, L, S)
+    return torch.bmm(scores.softmax(2), v).unflatten(0, q_BNLD.shape[:2])
 
 
 def attend_frames(qkv: Tensor) -> Tensor:
@@ -45,7 +57,8 @@ def attend_frames(qkv: Tensor) -> Tensor:
     """
     if qkv.is_cuda and qkv.shape[0] <= FEW:
         return _clip_by_clip(qkv)
-    out = attend(*_ByPosition.apply(qkv))  # (B*P, N, T, D)
+    q, k, v = _ByPosition.apply(qkv)
+    out = by_products(q, k, v) if suits_products(k) else attend(q, k, v)  # (B*P, N, T, D)
     return out.unflatten(0, (qkv.shape[0], -1)).permute(0, 3, 1, 2, 4)
 
 
@@ -115,8 +128,28 @@ def add_in_place(x: Tensor, y: Tensor) -> Tensor:
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """GroupNorm (arXiv 1803.08494) of (N, C, H, W), then SiLU if asked for."""
-    normed = F.group_norm(x, groups, weight, bias, eps)
+    by_channels = not torch.is_grad_enabled() and _suits_channels(x, groups) and weight.dtype == torch.float32
+    normed = (_group_norm_by_channels if by_channels else F.group_norm)(x, groups, weight, bias, eps)
     return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
+
+
+def _suits_channels(x: Tensor, groups: int) -> bool:
+    """Whether PyTorch's own GroupNorm is slow: below 1024 pixels it reads, on a CPU, few channels at each;
+    from there on it sums up all channels. (Small tensors are not worth our ten calls.)"""
+    narrow = x.shape[1] // groups < VECTOR and x.shape[2:].numel() < 1024 and x.numel() >= SUMMED
+    return narrow and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _group_norm_by_channels(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm by sums of each channel, in place of each group's, whose few channels are no vector for a CPU."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
+    sums = torch.stack([rows.sum(1), rows.square().sum(1)])
+    mean, square = sums.unflatten(2, (groups, -1)).mean(3).div_(rows.shape[1])  # (N, groups)
+    rstd = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
+    scale = (rstd[:, :, None] * weight.view(groups, -1)).flatten(1)
+    shift = bias - mean.repeat_interleave(x.shape[1] // groups, 1) * scale
+    normed = torch.addcmul(shift[:, None], rows, scale[:, None])
+    return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
