@@ -259,16 +259,27 @@ def test_linear_is_pytorchs_whether_or_not_gradients_are_wanted(
 
 
 @pytest.mark.skipif(not layers.ONEDNN, reason="PyTorch came without oneDNN")
-def test_linear_is_onednns_where_no_gradient_is_wanted() -> None:
-    layer, x = Linear(3, 4), torch.randn(2, 3)
-    for gradients, dtype, expected in (
-        (False, torch.float32, True),
-        (True, torch.float32, False),
-        (False, torch.float64, False),
-    ):
-        with torch.set_grad_enabled(gradients), torch.profiler.profile() as profiler:
-            layer.to(dtype)(x.to(dtype))
-        assert any("_linear_pointwise" in event.name for event in profiler.events()) == expected
+@pytest.mark.parametrize(("gradients", "dtype", "expected"), [
+    (False, torch.float32, True), (True, torch.float32, True), (False, torch.float64, False),
+    (True, torch.bfloat16, False),
+])  # fmt: skip
+def test_linear_is_onednns_in_float32(gradients: bool, dtype: torch.dtype, expected: bool) -> None:
+    layer, x = Linear(3, 4).to(dtype), torch.randn(2, 3).to(dtype)
+    with torch.set_grad_enabled(gradients), torch.profiler.profile() as profiler:
+        layer(x)
+    assert any("_linear_pointwise" in event.name for event in profiler.events()) == expected
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weights"])
+def test_gradients_of_onednns_linear_are_those_of_pytorch(bias: bool, frozen: str) -> None:
+    layer, x = Linear(3, 4, bias=bias), torch.randn(2, 5, 3, requires_grad=frozen != "input")
+    layer.requires_grad_(frozen != "weights")
+    wanted = [one for one in (x, *layer.parameters()) if one.requires_grad]
+    weighing = torch.randn(5, 2, 4).transpose(0, 1)  # a gradient that does not lie in order
+    found = torch.autograd.grad((layer(x) * weighing).sum(), wanted)
+    expected = torch.autograd.grad((F.linear(x, layer.weight, layer.bias) * weighing).sum(), wanted)
+    torch.testing.assert_close(found, expected)
 
 
 # Time embedding
