@@ -241,7 +241,8 @@ def test_clip_by_clip_it_is_the_same_attention(sizes: tuple[int, int, int], head
     B, T, P = sizes
     qkv = randn(B, T, P, 3, *head)
     one_by_one, together = _clip_by_clip(qkv), attend_frames(qkv)
-    assert one_by_one.shape == (B, T, P, *head) and one_by_one.is_contiguous()
+    assert one_by_one.shape == (B, T, P, *head)
+    assert B == 1 or one_by_one.is_contiguous()  # of a single clip it lies as the kernel wrote it
     close(one_by_one, together)
 
 

@@ -52,10 +52,10 @@ def attend_frames(qkv: Tensor) -> Tensor:
     """Attention among the frames of each position: packed (B, T, P, 3, N, D) -> (B, T, P, N, D).
 
     No view of all clips has B and P on one axis. Of one clip there is one, which SDPA's kernels take as it is, so that
-    the result alone is copied. On a CPU, whose caches such strides do not suit, and for many clips a packed copy is
-    made, and the projection behind makes another of the result.
+    the result alone is copied, and of a single clip nothing. On a CPU, whose caches such strides do not suit, and for
+    many clips a packed copy is made, and the projection behind makes another of the result.
     """
-    if qkv.is_cuda and qkv.shape[0] <= FEW:
+    if qkv.device.type != "cpu" and qkv.shape[0] <= FEW:
         return _clip_by_clip(qkv)
     q, k, v = _ByPosition.apply(qkv)
     out = by_products(q, k, v) if suits_products(k) else attend(q, k, v)  # (B*P, N, T, D)
@@ -85,8 +85,8 @@ def _positions_first(qkv: Tensor) -> Tensor:
 
 
 def _clip_by_clip(qkv: Tensor) -> Tensor:
-    outs = [attend(*clip.permute(2, 1, 3, 0, 4)) for clip in qkv]  # each (P, N, T, D)
-    return torch.stack([out.permute(2, 0, 1, 3) for out in outs])
+    outs = [attend(*clip.permute(2, 1, 3, 0, 4)).permute(2, 0, 1, 3) for clip in qkv]  # each (T, P, N, D)
+    return torch.stack(outs) if len(outs) > 1 else outs[0][None]
 
 
 def geglu(x: Tensor) -> Tensor:
