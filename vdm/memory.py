@@ -145,7 +145,8 @@ def imagined(*, cuda: bool) -> Iterator[Ledger]:
     with (
         _replaced(torch.utils, {"swap_tensors": _overwrite}),
         _replaced(F, _choices_of_cuda() if cuda else {}),
-        _replaced(attention, {"CACHED": sys.maxsize} if cuda else {}),  # pieces are for the caches of a CPU
+        # Pieces that fit caches, gates within a product, scores and sums of channels written out: all that is a CPU's.
+        _replaced(attention, {"CACHED": sys.maxsize} if cuda else {}),
         _replaced(layers, {"ONEDNN": False} if cuda else {}),
         _replaced(operations, {"SHORT": 0, "VECTOR": 0} if cuda else {}),
         FakeTensorMode(),

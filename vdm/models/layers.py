@@ -103,6 +103,7 @@ class Linear(nn.Linear):
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies: float32 on a CPU, as it stands and not to be cast or compiled."""
     return (
         ONEDNN
         and x.device.type == "cpu"

@@ -1,7 +1,7 @@
 """The operations that may run fused, in plain PyTorch: attention over frames, gates, norms with what is next to them.
 
 `vdm.models.fused` decides, once for a network, whether these run or the kernels that compute the same. All attention
-goes through one function around `scaled_dot_product_attention`; but for few keys on a CPU.
+goes through one function around `scaled_dot_product_attention`, but for that to few keys on a CPU (`by_products`).
 Suffixes: B batch, N heads, L / S length of queries / keys, D head dim, T frames, P positions, C channels.
 """
 
@@ -36,6 +36,7 @@ def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
 
 
 def suits_products(k_BNSD: Tensor) -> bool:
+    """Whether so few keys are attended to on a CPU in a type that needs no wider one for its sums."""
     exact = k_BNSD.dtype in (torch.float32, torch.float64)
     return exact and k_BNSD.device.type == "cpu" and k_BNSD.shape[2] <= SHORT
 
