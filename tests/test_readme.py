@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import demo_table, train_step
 from benchmarks.actions import table as actions_table
 from benchmarks.data import table
-from benchmarks.demo import SCORES
+from benchmarks.demo import SCORES, manifest_hash
 from benchmarks.memory import sampling_table
 from benchmarks.memory import table as memory_table
 from benchmarks.rows import Row, summary
@@ -114,6 +114,27 @@ def test_twenty_steps_of_dpmpp_follow_the_prompt_as_fifty_of_ddim_do() -> None:
         assert isinstance(scores, dict)
         shares = " | ".join(f"{scores[name]['right']} of {scores[name]['clips']}" for name in ("action", "direction"))
         assert f"| {what} | {shares} |" in PERFORMANCE
+
+
+def test_what_is_said_of_the_demo_model_was_measured_on_the_shipped_weights() -> None:
+    shipped = manifest_hash(ROOT / "vdm" / "assets" / "demo")
+    for name in ("cpu", "dpmpp-20-cpu", "reconstructed-cpu", "table-cpu", "plain-10-cpu", "pag-10-cpu"):
+        assert saved(f"demo-{name}.json")["manifest_sha256"] == shipped, name
+
+
+def test_the_toy_fvd_of_the_demo_model_is_the_saved_one() -> None:
+    fifty, twenty = (saved(f"demo-{name}.json")["scores"]["fvd_toy"] for name in ("cpu", "dpmpp-20-cpu"))  # type: ignore[call-overload, index]
+    assert f"{fifty['value']:.1f}, where 480 others have {fifty['floor']:.1f}" in README
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert f"is {fifty['value']:.1f}, after 20 steps of\nDPM-Solver++ {twenty['value']:.1f}" in page
+
+
+def test_the_actions_one_by_one_are_the_saved_ones() -> None:
+    page, scores = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8"), saved("demo-cpu.json")["scores"]
+    assert isinstance(scores, dict) and len(scores["actions"]) == 16
+    for name, row in scores["actions"].items():
+        low, high = (f"{100 * x:.0f}" for x in row["ci95"])
+        assert f"| {name} | {row['right']} of {row['clips']} | [{low}, {high}] |" in page
 
 
 def test_the_first_snippet_says_what_the_demo_model_makes() -> None:
