@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-REPEATS = {"cuda": 100, "cpu": 7}
-# What takes long on a GPU, where time costs, is repeated so often at least, and no more once so many seconds are over.
-LEAST, ENOUGH = 5, 4.0
+REPEATS = {"cuda": 100, "cpu": 30}
+# What takes long is repeated so often at least, and no more once it has taken so many seconds.
+LEAST, ENOUGH = {"cuda": 5, "cpu": 7}, {"cuda": 4.0, "cpu": 15.0}
 
 
 def random(sizes: Sequence[int], device: torch.device, seed: int) -> Tensor:
@@ -58,7 +58,8 @@ def interleaved(calls: dict[str, Callable[[int], object]], device: torch.device)
     for i in range(REPEATS[device.type]):
         for name, one in clocks.items():
             found[name].append(one(i))
-        if device.type == "cuda" and i + 1 >= LEAST and time.perf_counter() - began > ENOUGH * len(calls):
+        enough = time.perf_counter() - began > ENOUGH[device.type] * len(calls)
+        if enough and i + 1 >= LEAST[device.type]:
             break
     return found
 

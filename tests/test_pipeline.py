@@ -18,6 +18,7 @@ from vdm.components import SHIPPED, build_components, build_text_encoder, build_
 from vdm.config import Config, load, to_yaml
 from vdm.diffusion import ddim_sample, ddpm_sample, dpmpp_sample, initial_noise
 from vdm.errors import UserError
+from vdm.models.onednn import Packable
 from vdm.text.encoder import TOKEN_TABLE
 
 TINY = Path(__file__).parent / "fixtures" / "tiny.yaml"
@@ -315,6 +316,21 @@ def test_the_callback_sees_every_so_many_steps(pipe: TextToVideo) -> None:
     last = pipe(PROMPTS[0], callback=lambda *args: seen.append(args), **options).frames  # type: ignore[arg-type]
     assert [(step, t) for step, t, _ in seen] == [(0, 999), (2, 599), (4, 199)]
     assert torch.equal(seen[-1][2], last)
+
+
+def test_weights_are_packed_while_it_samples_and_no_longer(pipe: TextToVideo) -> None:
+    layers, kept = [layer for layer in pipe.unet.modules() if isinstance(layer, Packable)], []
+
+    def count(index: int, t: int, x: Tensor) -> None:
+        kept.append(sum(bool(layer.packs) for layer in layers))
+
+    before = latents_of(pipe)
+    pipe(PROMPTS[0], generator=seeds(0), num_inference_steps=2, output_type="latent", callback=count)
+    assert kept == [len(layers)] * 2
+    with torch.no_grad():
+        for weight in pipe.unet.parameters():
+            weight += 0.1
+    assert not torch.allclose(latents_of(pipe), before)
 
 
 def test_the_result_is_a_tuple_with_a_name(pipe: TextToVideo) -> None:

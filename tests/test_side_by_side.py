@@ -54,6 +54,24 @@ def test_threads_are_shared_out(clips: int, calls: int, each: int) -> None:
     assert set(later) == {4}, "a thread that comes later has all of them"
 
 
+def test_threads_are_kept_from_call_to_call_and_end_with_what_has_them() -> None:
+    seen: set[threading.Thread] = set()
+
+    def call(x: Tensor) -> Tensor:
+        seen.add(threading.current_thread())
+        return x
+
+    shared_out = side_by_side(call)
+    with torch.no_grad():
+        for _ in range(5):
+            shared_out(torch.zeros(4, 1))
+    assert len(seen) <= 4 and all(thread.is_alive() for thread in seen)
+    del shared_out
+    for thread in seen:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
 def test_a_thread_that_cannot_be_started_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = threading.Thread.start, []
 

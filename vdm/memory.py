@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from vdm.models import attention, layers, operations
+from vdm.models import attention, onednn, operations
 
 OTHER = "activations"  # all that nobody has marked: temporaries too
 _aten = torch.ops.aten
@@ -147,7 +147,7 @@ def imagined(*, cuda: bool) -> Iterator[Ledger]:
         _replaced(F, _choices_of_cuda() if cuda else {}),
         # Pieces that fit caches, gates within a product, scores and sums of channels written out: all that is a CPU's.
         _replaced(attention, {"CACHED": sys.maxsize} if cuda else {}),
-        _replaced(layers, {"ONEDNN": False} if cuda else {}),
+        _replaced(onednn, {"ONEDNN": False} if cuda else {}),
         _replaced(operations, {"SHORT": 0, "VECTOR": 0} if cuda else {}),
         FakeTensorMode(),
         Ledger() as ledger,

@@ -27,6 +27,7 @@ from vdm.diffusion import (
 from vdm.errors import UserError
 from vdm.interop import open_model
 from vdm.interop.lora import merge_lora
+from vdm.models.onednn import packed
 from vdm.models.perturbed import perturbed
 from vdm.replay import Replayed
 from vdm.side_by_side import side_by_side
@@ -150,7 +151,9 @@ class TextToVideo:
         if clips is not None:
             z, skip = self._noised(clips, z, options.num_inference_steps, strength)
         generators, report = _one_each(generator, len(cond)), _every(callback_steps, callback)
-        return VideoOutput(self._frames(self._denoise(cond, uncond, z, options, generators, report, skip), output_type))
+        with packed(self.unet):
+            z = self._denoise(cond, uncond, z, options, generators, report, skip)
+        return VideoOutput(self._frames(z, output_type))
 
     def _options(self, latents: Tensor | None, clips: Tensor | None, **given: Any) -> SamplingConfig:
         """The config's `sampling` section with what is given; sizes that are not are those of the latents or clips."""
@@ -327,11 +330,7 @@ def _every(
     if callback is None:
         return None
 
-    def report(index: int, t: int, x: Tensor) -> None:
-        if index % count == 0:
-            callback(index, t, x)
-
-    return report
+    return lambda index, t, x: callback(index, t, x) if index % count == 0 else None
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from threading import Barrier
 
 import torch
@@ -24,34 +25,47 @@ def side_by_side(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     The first argument has a row for each of B clips; the others, and the result, have k*B: those of all clips for one
     text, then those for the next. What `call` makes of a clip must not depend on the others. Of PyTorch's threads as
-    many get clips as divide both numbers; the others help them.
+    many get clips as divide both numbers; the others help them. They are kept from call to call.
     """
+    pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
     def shared_out(*tensors: Tensor) -> Tensor:
         clips, threads = len(tensors[0]), torch.get_num_threads()
         groups = math.gcd(clips, threads)
         if groups == 1 or not clips or tensors[0].device.type != "cpu" or _depends_on_the_thread():
             return call(*tensors)
+        if (groups, threads) not in pools:
+            pools[groups, threads] = _threads(groups, threads // groups)
         each = [tensor.unflatten(0, (-1, clips)).tensor_split(groups, dim=1) for tensor in tensors]
-        ready = Barrier(groups + 1)
-
-        def begin() -> None:
-            torch.set_num_threads(threads // groups)
-            torch.get_num_threads()  # a thread takes over what was set last when it first asks, and keeps it
-            ready.wait()
-
-        with ThreadPoolExecutor(groups, initializer=begin) as pool:
-            try:
-                parts = pool.map(lambda *some: _without_gradients(call, *some), *each)
-            except RuntimeError:  # no thread could be started, and those that were must not wait for it
-                ready.abort()
-                torch.set_num_threads(threads)
-                raise
-            ready.wait()
-            torch.set_num_threads(threads)  # which threads that come later begin with, for the last to set it counts
-            return torch.cat([part.unflatten(0, (-1, clips // groups)) for part in parts], dim=1).flatten(0, 1)
+        of_group = partial(pools[groups, threads].submit, _without_gradients, call)
+        futures = [of_group(*some) for some in zip(*each, strict=True)]
+        wait(futures)  # all, even if one fails: what they read may not be there afterwards
+        parts = [future.result().unflatten(0, (-1, clips // groups)) for future in futures]
+        return torch.cat(parts, dim=1).flatten(0, 1)
 
     return shared_out
+
+
+def _threads(count: int, each: int) -> ThreadPoolExecutor:
+    """So many threads, each with so many of PyTorch's. (oneDNN and MKL prepare for every thread anew what they do.)"""
+    ready, before = Barrier(count + 1), torch.get_num_threads()
+
+    def begin() -> None:
+        torch.set_num_threads(each)
+        torch.get_num_threads()  # a thread takes over what was set last when it first asks, and keeps it
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, initializer=begin)
+    try:
+        for _ in range(count):
+            pool.submit(torch.get_num_threads)  # none is idle yet, so each starts one more
+        ready.wait()
+    except RuntimeError:  # no thread could be started, and those that were must not wait for it
+        ready.abort()
+        raise
+    finally:
+        torch.set_num_threads(before)  # which threads that come later begin with, for the last to set it counts
+    return pool
 
 
 def _depends_on_the_thread() -> bool:

@@ -265,6 +265,18 @@ def test_a_feed_forward_network_in_pieces_is_the_same(shape: tuple[int, int, int
     close(pieces, whole)
 
 
+@settings(max_examples=20)
+@given(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 7)), st.integers(1, 200))
+def test_attention_over_frames_in_pieces_is_the_same(shape: tuple[int, int, int], numbers: int) -> None:
+    module, x = TemporalSelfAttention(6, heads=2, head_dim=4).double(), randn(*shape, 6)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        whole = module(x, EMPTY)
+        patch.setattr(attention, "MAPPED", numbers)
+        pieces = module(x, EMPTY)
+    assert pieces.shape == whole.shape
+    close(pieces, whole)
+
+
 def test_temporal_transformer_copies_nothing_else() -> None:
     module = TemporalTransformer(16, heads=4, head_dim=4, groups=4).eval()
     x = channels_last(2, 16, 3, 9, 16)

@@ -13,7 +13,7 @@ from tiny import close, copies, differ, randn, randomise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vdm.models import layers
+from vdm.models import onednn
 from vdm.models.layers import (
     Downsample,
     FrameConv,
@@ -258,7 +258,7 @@ def test_linear_is_pytorchs_whether_or_not_gradients_are_wanted(
     assert layer(x).requires_grad and not alone.requires_grad
 
 
-@pytest.mark.skipif(not layers.ONEDNN, reason="PyTorch came without oneDNN")
+@pytest.mark.skipif(not onednn.ONEDNN, reason="PyTorch came without oneDNN")
 @pytest.mark.parametrize(("gradients", "dtype", "expected"), [
     (False, torch.float32, True), (True, torch.float32, True), (False, torch.float64, False),
     (True, torch.bfloat16, False),

@@ -17,16 +17,17 @@ from vdm.models.layers import (
     Linear,
     VideoGroupNorm,
     as_many,
-    by_onednn,
     from_tokens,
-    linear_geglu,
     to_tokens,
     zero_init,
 )
+from vdm.models.onednn import by_onednn, linear_geglu
 from vdm.models.operations import PLAIN, Operations, attend, attend_frames, geglu
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
 CACHED = 2**20
+# Numbers that a CPU is given memory for that it has used before. More, above 32 MB, is mapped anew each time (glibc).
+MAPPED = 2**22
 
 
 class SpatialSelfAttention(nn.Module):
@@ -55,6 +56,12 @@ class TemporalSelfAttention(SpatialSelfAttention):
         self.over_frames = over_frames
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
+        positions = max(1, MAPPED // (x_BTPC.shape[:2].numel() * self.to_qkv.out_features))
+        if torch.is_grad_enabled() or x_BTPC.device.type != "cpu" or x_BTPC.shape[2] <= positions:
+            return self._attended(x_BTPC)
+        return torch.cat([self._attended(some) for some in x_BTPC.split(positions, dim=2)], dim=2)
+
+    def _attended(self, x_BTPC: Tensor) -> Tensor:
         qkv = self.to_qkv(x_BTPC).unflatten(3, (3, self.heads, -1))  # (B, T, P, 3, N, D)
         return self.to_out(self.over_frames(qkv).flatten(3))  # (B, T, P, N*D)
 
@@ -105,7 +112,7 @@ class GEGLU(nn.Module):
         # By weights, past the layer itself: so only for our own, which nobody has put something in the place of.
         plain = self.gate is geglu and type(self.linear1) is Linear
         if plain and not torch.is_grad_enabled() and by_onednn(x, self.linear1.weight):
-            return self.linear2(linear_geglu(x, self.linear1.weight, self.linear1.bias))
+            return self.linear2(linear_geglu(self.linear1, x))
         return self.linear2(self.gate(self.linear1(x)))
 
 

@@ -13,19 +13,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from vdm.models import onednn
+from vdm.models.onednn import Packable, convolve
 from vdm.models.operations import PLAIN, Operations
 
 Layer = TypeVar("Layer", bound=nn.Module)
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-TIMES = "mkldnn::_linear_pointwise.binary"  # a linear layer's result, times another tensor
-
-if ONEDNN and not torch._C._dispatch_has_kernel_for_dispatch_key(TIMES, "Meta"):
-
-    @torch.library.register_fake(TIMES)
-    def _sizes_of_a_product(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, attr: str) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def fold_frames(x: Tensor) -> Tensor:
@@ -89,60 +82,14 @@ def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Linear(nn.Linear):
+class Linear(Packable, nn.Linear):
     """nn.Linear; in float32 on a CPU by oneDNN's product, with the bias in it.
 
     On some machines that is a tenth to a fifth faster than the BLAS that PyTorch asks otherwise, and on none slower.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not by_onednn(x, self.weight):
-            return super().forward(x)
-        multiply = _Product.apply if torch.is_grad_enabled() else _product
-        return multiply(x, self.weight, self.bias)
-
-
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies: float32 on a CPU, as it stands and not to be cast or compiled."""
-    return (
-        ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _Product(torch.autograd.Function):
-    """`_product`, which has no gradient of its own. That of the weights is faster by PyTorch's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (
-            _product(grad, weight.t()) if of_x else None,
-            rows.t() @ x.flatten(0, -2) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
-
-
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`geglu` of a linear layer where `by_onednn`, without gradients: (..., in) -> (..., W) for a weight (2W, in).
-    oneDNN gates the product before it leaves the caches, and nothing is written that is twice as wide."""
-    (weight_value, weight_gate), (bias_value, bias_gate) = weight.chunk(2), bias.chunk(2)
-    gated = torch.ops.mkldnn._linear_pointwise(x, weight_gate, bias_gate, "gelu", [], "none")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, gated, weight_value, bias_value, "mul")
+        return onednn.linear(self, x) if onednn.by_onednn(x, self.weight) else super().forward(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -159,11 +106,14 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(self.linear1(x)))
 
 
-class FrameConv(nn.Conv2d):
+class FrameConv(Packable, nn.Conv2d):
     """A Conv2d on every frame of (B, C, T, H, W) alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+        y = convolve(
+            self, "weight", lambda: self.weight, self.bias, fold_frames(x), stride=self.stride, padding=self.padding
+        )
+        return unfold_frames(y, x.shape[2])
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -195,7 +145,7 @@ class VideoGroupNorm(_GroupNorm):
         return from_image(self._normed(to_image(x)), x.shape[3:])
 
 
-class TemporalConv(nn.Conv3d):
+class TemporalConv(Packable, nn.Conv3d):
     """A (3, 1, 1) convolution over frames, zero-padded; weight (out, in, 3, 1, 1) as in the original.
 
     Run as a (3, 1) Conv2d on the view (B, C, T, H*W): the same sums without the slow 3-D convolution path.
@@ -205,7 +155,7 @@ class TemporalConv(nn.Conv3d):
         super().__init__(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(to_image(x), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        y = convolve(self, "weight", lambda: self.weight.squeeze(-1), self.bias, to_image(x), padding=(1, 0))
         return from_image(y, x.shape[3:])
 
 
@@ -220,17 +170,17 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def doubled_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """(N, C, H, W), every pixel twice along height and width, through a 3x3 convolution: (N, out, 2*H, 2*W).
 
     Three neighbours of a pixel in the finer image are but two pixels of x: each of the four phases of the result is a
     2x2 convolution of x, whose weights are sums of the 3x3's, and x is never enlarged. All four are one convolution
     here, with 16 products a pixel of x instead of 36. (In 16 bit the sums are rounded too: as exact, not equal.)
     """
-    bias = None if bias is None else bias.repeat(4)
+    bias = None if layer.bias is None else layer.bias.repeat(4)
     # (N, H+1, W+1, 2, 2, out), of which y[n, 2*i + a, 2*j + b] = phases[n, i + a, j + b, a, b]: a view, then one copy
-    phases = F.conv2d(x, _phase_weights(weight), bias, padding=1).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
-    phases = phases.contiguous()
+    phases = convolve(layer, "phases", lambda: _phase_weights(layer.weight), bias, x, padding=(1, 1))
+    phases = phases.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).contiguous()
     by_n, by_row, by_column, by_a, by_b, _ = phases.stride()
     size = (x.shape[0], x.shape[2], 2, x.shape[3], 2, phases.shape[5])
     y = _Rearranged.apply(phases, size, (by_n, by_row, by_row + by_a, by_column, by_column + by_b, 1))
@@ -274,7 +224,7 @@ class UpsampleConv(FrameConv):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
         frames = fold_frames(x)
         if tuple(size) == (2 * x.shape[3], 2 * x.shape[4]):
-            return unfold_frames(doubled_conv(frames, self.weight, self.bias), x.shape[2])
+            return unfold_frames(doubled_conv(self, frames), x.shape[2])
         return super().forward(unfold_frames(F.interpolate(frames, size=tuple(size), mode="nearest"), x.shape[2]))
 
 

@@ -127,7 +127,7 @@ class DoubleFrames(nn.Module):
         self.conv = _conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return doubled_conv(x, self.conv.weight, self.conv.bias)
+        return doubled_conv(self.conv, x)
 
 
 class TimeMix(nn.Module):
