@@ -12,7 +12,7 @@ from torch import Tensor
 
 REPEATS = {"cuda": 100, "cpu": 30}
 # What takes long is repeated so often at least, and no more once it has taken so many seconds.
-LEAST, ENOUGH = {"cuda": 5, "cpu": 7}, {"cuda": 4.0, "cpu": 15.0}
+LEAST, ENOUGH = {"cuda": 5, "cpu": 7}, {"cuda": 4.0, "cpu": 30.0}
 
 
 def random(sizes: Sequence[int], device: torch.device, seed: int) -> Tensor:

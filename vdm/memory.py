@@ -146,7 +146,7 @@ def imagined(*, cuda: bool) -> Iterator[Ledger]:
         _replaced(torch.utils, {"swap_tensors": _overwrite}),
         _replaced(F, _choices_of_cuda() if cuda else {}),
         # Pieces that fit caches, gates within a product, scores and sums of channels written out: all that is a CPU's.
-        _replaced(attention, {"CACHED": sys.maxsize} if cuda else {}),
+        _replaced(attention, dict.fromkeys(("CACHED", "TOKENS"), sys.maxsize) if cuda else {}),
         _replaced(onednn, {"ONEDNN": False} if cuda else {}),
         _replaced(operations, {"SHORT": 0, "VECTOR": 0} if cuda else {}),
         FakeTensorMode(),

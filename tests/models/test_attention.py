@@ -265,15 +265,21 @@ def test_a_feed_forward_network_in_pieces_is_the_same(shape: tuple[int, int, int
     close(pieces, whole)
 
 
-@settings(max_examples=20)
-@given(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 7)), st.integers(1, 200))
-def test_attention_over_frames_in_pieces_is_the_same(shape: tuple[int, int, int], numbers: int) -> None:
-    module, x = TemporalSelfAttention(6, heads=2, head_dim=4).double(), randn(*shape, 6)
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 4), st.integers(1, 400), st.booleans(), st.integers(1, 2))
+def test_tokens_transformed_in_pieces_are_the_same(
+    sizes: tuple[int, int, int, int], numbers: int, temporal: bool, texts: int
+) -> None:
+    shape = {"channels": 4, "heads": 2, "head_dim": 3, "groups": 2}
+    module = TemporalTransformer(**shape) if temporal else SpatialTransformer(**shape, context_dim=5)
+    torch.nn.init.normal_(module.proj_out.weight)
+    module, (clips, *rest) = module.double(), sizes
+    x, context = randn(clips, 4, *rest), randn(texts * clips, 6, 5)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        whole = module(x, EMPTY)
-        patch.setattr(attention, "MAPPED", numbers)
-        pieces = module(x, EMPTY)
-    assert pieces.shape == whole.shape
+        whole = module(x, EMPTY, context)
+        patch.setattr(attention, "TOKENS", numbers)
+        pieces = module(x, EMPTY, context)
+    assert pieces.shape == whole.shape and len(whole) == clips * (1 if temporal else texts)
     close(pieces, whole)
 
 

@@ -26,8 +26,9 @@ from vdm.models.operations import PLAIN, Operations, attend, attend_frames, gegl
 
 # Numbers inside a feed-forward network that a CPU's caches hold.
 CACHED = 2**20
-# Numbers that a CPU is given memory for that it has used before. More, above 32 MB, is mapped anew each time (glibc).
-MAPPED = 2**22
+# And of tokens that are transformed at once there. More would make of queries, keys and values, and of what is inside
+# attention, tensors for which memory is mapped anew each time.
+TOKENS = 2**20
 
 
 class SpatialSelfAttention(nn.Module):
@@ -56,12 +57,6 @@ class TemporalSelfAttention(SpatialSelfAttention):
         self.over_frames = over_frames
 
     def forward(self, x_BTPC: Tensor, context: Tensor) -> Tensor:
-        positions = max(1, MAPPED // (x_BTPC.shape[:2].numel() * self.to_qkv.out_features))
-        if torch.is_grad_enabled() or x_BTPC.device.type != "cpu" or x_BTPC.shape[2] <= positions:
-            return self._attended(x_BTPC)
-        return torch.cat([self._attended(some) for some in x_BTPC.split(positions, dim=2)], dim=2)
-
-    def _attended(self, x_BTPC: Tensor) -> Tensor:
         qkv = self.to_qkv(x_BTPC).unflatten(3, (3, self.heads, -1))  # (B, T, P, 3, N, D)
         return self.to_out(self.over_frames(qkv).flatten(3))  # (B, T, P, N*D)
 
@@ -149,6 +144,8 @@ class TransformerBlock(nn.Module):
 class _Transformer(nn.Module):
     """Norm, project in, transform tokens, project out, residual: (B, C, T, H, W) -> the same, once a text."""
 
+    alone: int  # the axis of tokens (B, T, P, C) along which none attends to another
+
     def __init__(self, channels: int, norm: nn.Module, block: TransformerBlock, inner: int):
         super().__init__()
         self.norm = norm
@@ -157,12 +154,23 @@ class _Transformer(nn.Module):
         self.proj_out = Linear(inner, channels)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        tokens = self.block(self.proj_in(to_tokens(self.norm(x))), context)
-        return as_many(x, tokens) + from_tokens(self.proj_out(tokens), x.shape[3:])
+        before, normed = to_tokens(x), to_tokens(self.norm(x))
+        one = normed[..., 0].numel() // normed.shape[self.alone] * self.proj_in.out_features
+        if torch.is_grad_enabled() or x.device.type != "cpu" or normed.shape[self.alone] * one <= TOKENS:
+            return from_tokens(self._changed(before, normed, context), x.shape[3:])
+        pieces = (tokens.split(max(1, TOKENS // one), self.alone) for tokens in (before, normed))
+        changed = [self._changed(old, some, context) for old, some in zip(*pieces, strict=True)]
+        return from_tokens(torch.cat(changed, self.alone), x.shape[3:])
+
+    def _changed(self, before: Tensor, normed: Tensor, context: Tensor) -> Tensor:
+        tokens = self.proj_out(self.block(self.proj_in(normed), context))
+        return as_many(before, tokens) + tokens
 
 
 class SpatialTransformer(_Transformer):
     """Self-attention within each frame, then cross-attention to the text. Its GroupNorm is per frame, eps 1e-6."""
+
+    alone = 1
 
     def __init__(
         self,
@@ -185,6 +193,8 @@ class TemporalTransformer(_Transformer):
 
     The output projection starts at zero: an untrained temporal transformer changes nothing.
     """
+
+    alone = 2
 
     def __init__(
         self,
