@@ -19,7 +19,9 @@ from torch.autograd.function import once_differentiable
 MAX_BATCH = 65_535
 SHORT = 128  # keys up to which a CPU is faster with plain products than with its fused kernel, and rounds less
 VECTOR = 8  # channels of a group that a CPU reads at a time
-SUMMED = 2**16  # numbers from which on `_group_norm_by_channels` is faster
+SUMMED = 2**16  # numbers from which on `_ByChannels` is faster; with its gradient, four times as many
+# Whether the backward pass that is running may come again, by which PyTorch's compiler, too, spares what was saved.
+KEEPS_GRAPH = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 # So few clips are faster attended to one by one, on views, than copied first to be attended to at once.
 FEW = 4
 
@@ -100,26 +102,29 @@ def geglu(x: Tensor) -> Tensor:
 
 
 class _GEGLU(torch.autograd.Function):
-    """`geglu`, whose two gradients are written where they belong; PyTorch's own are put together by another copy."""
+    """`geglu`, whose gradient is written over x, but for an x that somebody made or a graph that is kept.
+
+    What is inside is eight times as large as a token, and for new memory a CPU waits longer than for the sums. (Forward
+    hooks that keep an x to look at after the backward pass must copy it.)
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
         gated = F.gelu(gate)
         ctx.save_for_backward(x, gated)
+        ctx.between = not x.is_leaf
         return value * gated
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, gated = ctx.saved_tensors
+        x = x.detach() if ctx.between and not KEEPS_GRAPH() else x.detach().clone()
         value, gate = x.chunk(2, dim=-1)
-        whole = torch.empty_like(x)
-        of_value, of_gate = whole.chunk(2, dim=-1)
-        torch.mul(grad, gated, out=of_value)
-        torch.mul(grad, value, out=of_gate)
-        torch.ops.aten.gelu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return whole
+        torch.ops.aten.gelu_backward.grad_input(value.mul_(grad), gate, grad_input=gate)
+        torch.mul(grad, gated, out=value)
+        return x
 
 
 def add_in_place(x: Tensor, y: Tensor) -> Tensor:
@@ -129,28 +134,55 @@ def add_in_place(x: Tensor, y: Tensor) -> Tensor:
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """GroupNorm (arXiv 1803.08494) of (N, C, H, W), then SiLU if asked for."""
-    by_channels = not torch.is_grad_enabled() and _suits_channels(x, groups) and weight.dtype == torch.float32
-    normed = (_group_norm_by_channels if by_channels else F.group_norm)(x, groups, weight, bias, eps)
+    by_channels = _suits_channels(x, groups) and weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+    normed = (_ByChannels.apply if by_channels else F.group_norm)(x, groups, weight, bias, eps)
     return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
 
 
 def _suits_channels(x: Tensor, groups: int) -> bool:
-    """Whether PyTorch's own GroupNorm is slow: below 1024 pixels it reads, on a CPU, few channels at each;
-    from there on it sums up all channels. (Small tensors are not worth our ten calls.)"""
-    narrow = x.shape[1] // groups < VECTOR and x.shape[2:].numel() < 1024 and x.numel() >= SUMMED
-    return narrow and x.device.type == "cpu" and x.dtype == torch.float32
+    """Whether PyTorch's own GroupNorm is slow. Below 1024 pixels it reads, on a CPU, few channels at each; from there
+    on it sums up all channels, but not in its gradient. (Small tensors are not worth our many calls.)"""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] // groups >= VECTOR:
+        return False
+    gradients, pixels = torch.is_grad_enabled(), x.shape[2:].numel()
+    return x.numel() >= SUMMED * 4 if gradients else x.numel() >= SUMMED and pixels < 1024
 
 
-def _group_norm_by_channels(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm by sums of each channel, in place of each group's, whose few channels are no vector for a CPU."""
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
-    sums = torch.stack([rows.sum(1), rows.square().sum(1)])
-    mean, square = sums.unflatten(2, (groups, -1)).mean(3).div_(rows.shape[1])  # (N, groups)
-    rstd = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
-    scale = (rstd[:, :, None] * weight.view(groups, -1)).flatten(1)
-    shift = bias - mean.repeat_interleave(x.shape[1] // groups, 1) * scale
-    normed = torch.addcmul(shift[:, None], rows, scale[:, None])
-    return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+class _ByChannels(torch.autograd.Function):
+    """GroupNorm, and its gradient, by sums of each channel in place of each group's, whose few channels are no vector
+    for a CPU. With y = scale * x + shift the gradient of x is scale * dy + b * x + k, with numbers of each group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
+        normed = rows.square()
+        sums = torch.stack([rows.sum(1), normed.sum(1)])
+        mean, square = sums.unflatten(2, (groups, -1)).mean(3).div_(rows.shape[1])  # (N, groups)
+        rstd = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
+        scale = (rstd[:, :, None] * weight.view(groups, -1)).flatten(1)
+        shift = bias - mean.repeat_interleave(x.shape[1] // groups, 1) * scale
+        torch.addcmul(shift[:, None], rows, scale[:, None], out=normed)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        rows, dy = (one.permute(0, 2, 3, 1).flatten(1, 2) for one in (x, grad))
+        of_x = dy * rows
+        sums = torch.stack([of_x.sum(1), dy.sum(1)])  # (2, N, C)
+        by_weight = sums * weight
+        products, plain = by_weight.unflatten(2, (mean.shape[1], -1)).sum(3)  # (N, groups)
+        count = rows.shape[1] * (rows.shape[2] // mean.shape[1])
+        b = (plain * mean - products) * rstd**3 / count
+        k = -b * mean - plain * rstd / count
+        of_groups = torch.stack([b, k, mean, rstd])
+        b, k, mean, rstd = of_groups.repeat_interleave(rows.shape[2] // mean.shape[1], 2)  # (N, C)
+        torch.addcmul(k[:, None], dy, (rstd * weight)[:, None], out=of_x)
+        of_x.addcmul_(rows, b[:, None])
+        of_weight = ((sums[0] - sums[1] * mean) * rstd).sum(0)
+        return of_x.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), None, of_weight, sums[1].sum(0), None
 
 
 def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
