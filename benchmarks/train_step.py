@@ -44,6 +44,7 @@ from vdm.errors import UserError
 from vdm.flops import count
 from vdm.generate import pick_device
 from vdm.models import UNet3D
+from vdm.models.dropout import clip_seeds
 from vdm.models.onednn import packed
 from vdm.training.settings import AUTOCAST
 from vdm.training.throughput import peak_tflops
@@ -108,7 +109,8 @@ def passes_of(unet: Contender, task: Task, device: torch.device) -> dict[str, Ca
     def backward(i: int) -> None:
         unet.module.train()
         unet.module.zero_grad(set_to_none=True)
-        (unet(*given).float() - target.float()).square().mean().backward()
+        with clip_seeds(range(task.clips)):  # as in training: each clip has a dropout of its own
+            (unet(*given).float() - target.float()).square().mean().backward()
 
     def step(i: int) -> None:
         backward(i)

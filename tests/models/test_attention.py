@@ -157,6 +157,18 @@ def test_geglu_gates_with_gelu_and_is_four_times_as_wide() -> None:
 
 def test_geglu_gradient() -> None:
     assert torch.autograd.gradcheck(geglu, (randn(2, 3, 6).requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda x: geglu(2 * x), (randn(2, 3, 6).requires_grad_(),))
+
+
+def test_the_gradient_of_geglu_is_written_over_what_is_needed_no_more() -> None:
+    given = randn(2, 3, 6).requires_grad_()
+    expected = torch.autograd.grad(geglu(given).sum(), given)[0]
+    assert torch.equal(given, randn(2, 3, 6)), "what somebody made stays as it is"
+    between = given * 2 / 2
+    before, result = between.detach().clone(), geglu(between).sum()
+    for again in (True, True, False):
+        close(torch.autograd.grad(result, given, retain_graph=again)[0], expected)
+        assert torch.equal(between, before) == again
 
 
 @pytest.mark.parity

@@ -34,11 +34,20 @@ def test_a_clip_has_the_same_mask_in_any_batch(seeds: list[int], p: float) -> No
 def test_the_share_and_the_scale_are_those_of_dropout(p: float) -> None:
     with clip_seeds([7, 8]):
         y = layer(p)(torch.ones(2, 8, 10, 20, 25))
-    assert y.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-5)  # p is drawn as a multiple of 1 / 65536
+    assert float(y.mean()) == pytest.approx(1.0, abs=5 * (p / (1 - p) / y.numel()) ** 0.5)
     for clip in y:
         assert float((clip == 0).float().mean()) == pytest.approx(p, abs=5 * (p * (1 - p) / clip.numel()) ** 0.5)
     agree = float(((y[0] == 0) == (y[1] == 0)).float().mean())
     assert agree == pytest.approx(p * p + (1 - p) ** 2, abs=0.02), "two clips are independent"
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.999999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extremes_are_finite(p: float, dtype: torch.dtype) -> None:
+    with clip_seeds([7]):
+        y = layer(p)(torch.ones(1, 1, 3, 7, 9, dtype=dtype))
+    assert y.dtype == dtype and y.isfinite().all() and bool((y == 0).all()) == (p > 0.5)
 
 
 def test_layers_are_independent_and_numbered_in_order() -> None:

@@ -109,14 +109,28 @@ def test_video_norm_is_a_group_norm_over_the_frames_too() -> None:
 
 
 @pytest.mark.parametrize("silu", [False, True])
-def test_a_frame_norm_of_few_channels_a_group_is_the_same_without_gradients(silu: bool) -> None:
-    x = video(2, 48, 8, 10, 12).float() + 3.0  # off zero, where a difference of squares would lose digits
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_norm_of_few_channels_a_group_is_the_same(silu: bool, gradients: bool) -> None:
+    x = video(2, 48, 12, 16, 15).float() + 3.0  # off zero, where a difference of squares would lose digits
     norm = randomise(FrameGroupNorm(16, 48, silu=silu)).float()
-    assert _suits_channels(fold_frames(x), 16) and not _suits_channels(fold_frames(x), 4)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
+        assert _suits_channels(fold_frames(x), 16) and not _suits_channels(fold_frames(x), 4)
         found = norm(x)
     torch.testing.assert_close(found, norm.double()(x.double()).float(), atol=2e-5, rtol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("kind", [FrameGroupNorm, VideoGroupNorm])
+def test_gradients_of_a_norm_of_few_channels_a_group_are_those_of_pytorch(kind: type[nn.GroupNorm]) -> None:
+    x, norm = video(2, 48, 12, 16, 15).float() + 3.0, randomise(kind(16, 48)).float()
+    weighing = torch.randn_like(x)
+    results = []
+    for one in (x, x.double()):
+        norm.to(one.dtype)
+        wanted = (one.requires_grad_(), norm.weight, norm.bias)
+        results.append(torch.autograd.grad((norm(one) * weighing).sum(), wanted))
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
 
 
 def test_the_two_norms_differ_unless_there_is_one_frame() -> None:

@@ -58,8 +58,19 @@ def clip_mask(x: Tensor, p: float, number: int) -> Tensor:
     generator = torch.Generator(x.device)
     for clip, seed in zip(mask, _seeds, strict=True):
         generator.manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
-        clip.bernoulli_(1.0 - p, generator=generator)
-    return mask.div_(1.0 - p).movedim(-1, 1)
+        _draw(clip, p, generator)
+    return mask.movedim(-1, 1)
+
+
+def _draw(mask: Tensor, p: float, generator: torch.Generator) -> None:
+    if mask.device.type != "cpu":
+        mask.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+        return
+    # A CPU draws one number after the other: so four of 16 bit at a time, and p as a multiple of 1 / 65536.
+    numbers, dropped = torch.empty(-(-mask.numel() // 4), dtype=torch.int64), min(round(p * 2**16), 2**16 - 1)
+    drawn = numbers.random_(-(2**63), None, generator=generator).view(torch.int16)[: mask.numel()]
+    torch.ge(drawn.view(mask.shape), dropped - 2**15, out=mask)
+    mask.mul_(2**16 / (2**16 - dropped))
 
 
 def _empty(x: Tensor) -> Tensor:
