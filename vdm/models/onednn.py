@@ -20,11 +20,23 @@ TIMES = "mkldnn::_linear_pointwise.binary"  # a linear layer's result, times ano
 # Bytes of a network's weights up to which `packed` keeps them twice. Beside a larger one there may be no room.
 PACKED = 2**30
 
-if ONEDNN and not torch._C._dispatch_has_kernel_for_dispatch_key(TIMES, "Meta"):
 
-    @torch.library.register_fake(TIMES)
-    def _sizes_of_a_product(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, attr: str) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _imagine(name: str, sizes: Callable[..., Tensor]) -> None:
+    """Say of an operator of oneDNN, which has sizes for no tensors without memory, what its result is like."""
+    if ONEDNN and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        torch.library.register_fake(name, sizes)
+
+
+_imagine(TIMES, lambda x, other, weight, bias, attr: x.new_empty(*x.shape[:-1], weight.shape[0]))
+
+
+def _in_blocks(of: int) -> Callable[..., Tensor]:
+    """Packed weights are in blocks of rows, of which the last is filled up: of so many, on CPUs of 512-bit vectors."""
+    return lambda weight, *how: weight.new_empty(-(-len(weight) // of) * of, *weight.shape[1:])[: len(weight)]
+
+
+_imagine("mkldnn::_reorder_linear_weight", _in_blocks(64))
+_imagine("mkldnn::_reorder_convolution_weight", _in_blocks(16))
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
