@@ -30,7 +30,7 @@ from vdm.interop.lora import merge_lora
 from vdm.models.onednn import packed
 from vdm.models.perturbed import perturbed
 from vdm.replay import Replayed
-from vdm.side_by_side import side_by_side
+from vdm.side_by_side import alone, side_by_side
 
 __all__ = ["TextToVideo", "VideoOutput", "build_components"]
 
@@ -282,12 +282,13 @@ class TextToVideo:
         )  # fmt: skip
         steps = options.num_inference_steps
         shared: dict[str, Any] = {"num_steps": steps, "callback": callback, "skip": skip}
-        if options.sampler == "dpmpp":
-            return dpmpp_sample(denoise, latents, self.schedule, **shared)
-        shared |= {"generators": generators, "correlation": self._correlation}
-        if options.sampler == "ddpm":
-            return ddpm_sample(denoise, latents, self.schedule, **shared)
-        return ddim_sample(denoise, latents, self.schedule, eta=options.eta, **shared)
+        with alone(latents):
+            if options.sampler == "dpmpp":
+                return dpmpp_sample(denoise, latents, self.schedule, **shared)
+            shared |= {"generators": generators, "correlation": self._correlation}
+            if options.sampler == "ddpm":
+                return ddpm_sample(denoise, latents, self.schedule, **shared)
+            return ddim_sample(denoise, latents, self.schedule, eta=options.eta, **shared)
 
 
 def _require_sound(options: SamplingConfig, *, eta: float | None, output_type: object, callback_steps: object) -> None:

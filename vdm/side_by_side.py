@@ -7,8 +7,9 @@ of the time goes there. Threads with clips of their own meet once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from threading import Barrier
 
@@ -24,15 +25,16 @@ def side_by_side(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What computes the same as `call`, on a CPU without gradients with the clips shared out among threads.
 
     The first argument has a row for each of B clips; the others, and the result, have k*B: those of all clips for one
-    text, then those for the next. What `call` makes of a clip must not depend on the others. Of PyTorch's threads as
-    many get clips as divide both numbers; the others help them. They are kept from call to call.
+    text, then those for the next. What `call` makes of a clip must not depend on the others. Of PyTorch's threads, as
+    they are now, as many get clips as divide both numbers; the others help them. They are kept from call to call.
     """
     pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+    threads = torch.get_num_threads()
 
     def shared_out(*tensors: Tensor) -> Tensor:
-        clips, threads = len(tensors[0]), torch.get_num_threads()
-        groups = math.gcd(clips, threads)
-        if groups == 1 or not clips or tensors[0].device.type != "cpu" or _depends_on_the_thread():
+        clips = len(tensors[0])
+        groups = _groups(tensors[0], threads)
+        if groups == 1:
             return call(*tensors)
         if (groups, threads) not in pools:
             pools[groups, threads] = _threads(groups, threads // groups)
@@ -44,6 +46,29 @@ def side_by_side(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     return shared_out
+
+
+@contextmanager
+def alone(tensor: Tensor) -> Iterator[None]:
+    """Meanwhile this thread has no other help it, if rows of `tensor` are shared out by what is made before.
+
+    What is done between two calls is little, and threads that help with it spin for milliseconds after it, on the cores
+    where clips are computed by then.
+    """
+    threads = torch.get_num_threads()
+    if shared := _groups(tensor, threads) > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if shared:
+            torch.set_num_threads(threads)
+
+
+def _groups(clips: Tensor, threads: int) -> int:
+    """Among how many threads clips are shared out."""
+    groups = math.gcd(len(clips), threads)
+    return 1 if not len(clips) or clips.device.type != "cpu" or _depends_on_the_thread() else groups
 
 
 def _threads(count: int, each: int) -> ThreadPoolExecutor:

@@ -177,6 +177,8 @@ def doubled_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     2x2 convolution of x, whose weights are sums of the 3x3's, and x is never enlarged. All four are one convolution
     here, with 16 products a pixel of x instead of 36. (In 16 bit the sums are rounded too: as exact, not equal.)
     """
+    if onednn.keeps(layer, x) and onednn.small(layer, x):
+        return onednn.by_matrix(layer, "doubled", _doubled_first, lambda: layer.weight, layer.bias, x)
     bias = None if layer.bias is None else layer.bias.repeat(4)
     # (N, H+1, W+1, 2, 2, out), of which y[n, 2*i + a, 2*j + b] = phases[n, i + a, j + b, a, b]: a view, then one copy
     phases = convolve(layer, "phases", lambda: _phase_weights(layer.weight), bias, x, padding=(1, 1))
@@ -185,6 +187,10 @@ def doubled_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     size = (x.shape[0], x.shape[2], 2, x.shape[3], 2, phases.shape[5])
     y = _Rearranged.apply(phases, size, (by_n, by_row, by_row + by_a, by_column, by_column + by_b, 1))
     return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def _doubled_first(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1)
 
 
 class _Rearranged(torch.autograd.Function):

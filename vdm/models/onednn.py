@@ -19,6 +19,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 TIMES = "mkldnn::_linear_pointwise.binary"  # a linear layer's result, times another tensor
 # Bytes of a network's weights up to which `packed` keeps them twice. Beside a larger one there may be no room.
 PACKED = 2**30
+SMALL = 4  # pixels of a picture up to which a larger kernel is made one matrix
 
 
 def _imagine(name: str, sizes: Callable[..., Tensor]) -> None:
@@ -52,7 +53,7 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 class Packable:
     """What a layer has that `packed` may keep weights of: by their names, None while it is not in force."""
 
-    packs: dict[str, Tensor] | None = None
+    packs: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def packed(module: nn.Module) -> Iterator[None]:
             layer.packs = None
 
 
-def _kept(packs: dict[str, Tensor], name: str, make: Callable[[], Tensor]) -> Tensor:
+def _kept(packs: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
     pack = packs.get(name)
     if pack is None:
         pack = packs[name] = make()
@@ -127,8 +128,13 @@ class _Product(torch.autograd.Function):
         )
 
 
+def keeps(layer: Any, x: Tensor) -> bool:
+    """Whether a layer is `packed`, and its kept weights serve for x."""
+    return getattr(layer, "packs", None) is not None and not torch.is_grad_enabled() and by_onednn(x, layer.weight)
+
+
 def convolve(
-    layer: nn.Conv2d | nn.Conv3d,
+    layer: Any,
     name: str,
     weight: Callable[[], Tensor],
     bias: Tensor | None,
@@ -139,12 +145,44 @@ def convolve(
 ) -> Tensor:
     """The 2-D convolution of (N, C, H, W) by what `weight` makes of the layer's: once, while it is `packed`, and then
     kept by `name`."""
-    packs = getattr(layer, "packs", None)
-    if packs is None or torch.is_grad_enabled() or not by_onednn(x, layer.weight):
+    if not keeps(layer, x):
         return F.conv2d(x, weight(), bias, stride, padding)
+    if small(layer, x):
+        return by_matrix(layer, name, lambda x, taps: F.conv2d(x, taps, None, stride, padding), weight, bias, x)
     how = (padding, stride, (1, 1), 1)  # dilation and groups
 
     def pack() -> Tensor:
         return torch.ops.mkldnn._reorder_convolution_weight(weight().detach(), *how, x.shape)
 
-    return torch.ops.mkldnn._convolution_pointwise(x, _kept(packs, name, pack), bias, *how, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, _kept(layer.packs, name, pack), bias, *how, "none", [], "")
+
+
+def small(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
+    """Whether most taps of the layer's kernel fall beside the pictures (N, C, H, W)."""
+    return x.shape[2:].numel() <= SMALL < layer.weight.shape[2:].numel()
+
+
+def by_matrix(
+    layer: Any,
+    name: str,
+    convolution: Callable[[Tensor, Tensor], Tensor],
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """`convolution` of (N, C, H, W) and weights (out, C, kh, kw), plus bias, as one product of whole pictures and a
+    matrix, which has no taps that fall beside them. The layer is `packed`."""
+    channels, *size = x.shape[1:]
+
+    def pack() -> tuple[Tensor, torch.Size]:
+        taps = weight().detach()
+        each = torch.eye(taps[0, 0].numel(), dtype=x.dtype).unflatten(1, (1, *taps.shape[2:]))
+        pixels = torch.eye(size[0] * size[1], dtype=x.dtype).unflatten(1, (1, *size))
+        reach = convolution(pixels, each)  # (H*W, kh*kw, H', W'): how often a tap carries a pixel to another
+        matrix = torch.einsum("oik,pkq->qopi", taps.flatten(2), reach.flatten(2)).flatten(2).flatten(0, 1)
+        return torch.ops.mkldnn._reorder_linear_weight(matrix, len(x)), reach.shape[2:]
+
+    matrix, (height, width) = _kept(layer.packs, f"{name} of {size}", pack)
+    pictures = x.permute(0, 2, 3, 1).flatten(1)
+    y = _product(pictures, matrix, None if bias is None else bias.repeat(height * width))
+    return y.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
