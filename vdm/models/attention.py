@@ -28,7 +28,7 @@ from vdm.models.operations import PLAIN, Operations, attend, attend_frames, gegl
 CACHED = 2**20
 # And of tokens that are transformed at once there. More would make of queries, keys and values, and of what is inside
 # attention, tensors for which memory is mapped anew each time.
-TOKENS = 2**20
+TOKENS = 2**18
 
 
 class SpatialSelfAttention(nn.Module):
