@@ -261,7 +261,8 @@ def command(arguments: Sequence[str]) -> None:
     chosen = ("mixed_precision", "gradient_checkpointing", "compile")
     facts["training"] = {name: getattr(config.training, name) for name in chosen}
     if len(contenders) > 1 and device.type == "cpu":
-        outputs = [unet(*task.inputs(unet, device)).detach() for unet in contenders[:2]]
+        with torch.no_grad():
+            outputs = [unet(*task.inputs(unet, device)) for unet in contenders[:2]]
         facts["apart"] = relative(*outputs)
     print(json.dumps(facts, indent=1))
     rows, mine = list[Row](), contenders[0]
