@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vdm.side_by_side import side_by_side
+from vdm.side_by_side import alone, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,23 @@ def test_threads_are_kept_from_call_to_call_and_end_with_what_has_them() -> None
     for thread in seen:
         thread.join(timeout=10)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("clips", "between", "each"), [(4, 1, 1), (2, 1, 2), (3, 4, 4)])
+def test_between_calls_that_are_shared_out_one_thread_computes(clips: int, between: int, each: int) -> None:
+    seen, x = set(), torch.zeros(clips, 1)
+
+    def call(x: Tensor) -> Tensor:
+        seen.add(torch.get_num_threads())
+        return x
+
+    with torch.no_grad():
+        shared_out = side_by_side(call)
+        with pytest.raises(KeyError), alone(x):
+            shared_out(x)
+            assert torch.get_num_threads() == between
+            raise KeyError
+    assert seen == {each} and torch.get_num_threads() == 4
 
 
 def test_a_thread_that_cannot_be_started_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
