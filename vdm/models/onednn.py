@@ -19,7 +19,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 TIMES = "mkldnn::_linear_pointwise.binary"  # a linear layer's result, times another tensor
 # Bytes of a network's weights up to which `packed` keeps them twice. Beside a larger one there may be no room.
 PACKED = 2**30
-SMALL = 4  # pixels of a picture up to which a larger kernel is made one matrix
+# Pixels of a picture up to which a larger kernel is made one matrix, with up to twice a kernel's numbers (seven times
+# where the picture is doubled first).
+SMALL = 4
 
 
 def _imagine(name: str, sizes: Callable[..., Tensor]) -> None:
